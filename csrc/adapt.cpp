@@ -1,0 +1,264 @@
+#include "adapt.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "dispatch.h"
+#include "gradient.h"
+#include "rng.h"
+
+namespace le {
+namespace {
+
+GradientBuffers &buffers() {
+  static thread_local GradientBuffers b;
+  return b;
+}
+
+struct Outcome {
+  le_outcome what = LE_NO_ADAPTER;
+  double grad_norm = 0;
+};
+
+Block *history_target(AdapterPool &pool, Slot &slot) {
+  size_t bytes = sizeof(int32_t) * static_cast<size_t>(pool.num_slices());
+  if (slot.previous && std::memcmp(slot.previous->ranks, slot.current->ranks, bytes) == 0) {
+    slot.previous->scaling = slot.current->scaling;
+    return slot.previous;
+  }
+  Block *target = pool.clone_shape(*slot.current);
+  pool.release(slot.previous);
+  slot.previous = target;
+  return target;
+}
+
+// The step itself, under the slot's lock: theta - lr clip g, decay and EWC in
+// one pass over the weights.
+void update_weights(const Kernels &k, AdapterPool &pool, int32_t id, Slot &slot,
+                    const GradientRow *rows, const le_step &step, const Ewc *ewc, double norm) {
+  const Block &from = *slot.current;
+  const Block *to = pool.history() ? history_target(pool, slot) : &from;
+  float clip = step.max_norm > 0 && norm > step.max_norm
+                   ? static_cast<float>(double(step.max_norm) / norm)
+                   : 1.0f;
+  const EwcRecord *record = ewc ? ewc->find(id, slot) : nullptr;
+  uint64_t key = rounding_key(pool.seed(), id, slot.version);
+  Update u{};
+  u.key_lo = static_cast<uint32_t>(key);
+  u.key_hi = static_cast<uint32_t>(key >> 32);
+  int64_t element = 0;
+  each_row(pool, from, [&](int64_t i, bool is_a, int s, int32_t j) {
+    SliceView src = pool.slice(from, s), dst = pool.slice(*to, s);
+    u.n = is_a ? pool.in_features() : pool.slice_out(s);
+    int64_t offset = j * u.n * dtype_size(pool.dtype());
+    u.src = (is_a ? src.a : src.bt) + offset;
+    u.dst = (is_a ? dst.a : dst.bt) + offset;
+    u.element = static_cast<uint32_t>(element);
+    if (is_a && !step.train_A) {
+      if (u.src != u.dst)
+        std::memcpy(u.dst, u.src, static_cast<size_t>(u.n * dtype_size(pool.dtype())));
+    } else {
+      float lr = is_a ? step.lr : step.lr * step.lr_ratio;
+      u.vec = rows[i].vec;
+      u.coef = lr * (clip * rows[i].coef);
+      u.decay = 1.0f - lr * step.weight_decay;
+      if (record) {
+        u.fisher = record->fisher.data() + element;
+        u.anchor = record->anchor.data() + element;
+        u.penalty = lr * 2.0f * ewc->lambda();
+      }
+      k.update[pool.dtype()](u);
+    }
+    element += u.n;
+  });
+  if (pool.history()) std::swap(slot.current, slot.previous);
+  ++slot.version;
+}
+
+Outcome step_slot(const Kernels &k, AdapterPool &pool, int32_t id, Slot &slot,
+                  const GradientRow *rows, const le_step &step, const Ewc *ewc) {
+  Outcome result;
+  result.grad_norm = gradient_norm(pool, *slot.current, rows, step.train_A != 0);
+  result.what = std::isfinite(result.grad_norm) ? LE_APPLIED : LE_NOT_FINITE;
+  if (result.what == LE_APPLIED) update_weights(k, pool, id, slot, rows, step, ewc, result.grad_norm);
+  return result;
+}
+
+// The gradient of the samples, then the step; under the slot's lock.
+Outcome adapt_slot(const Kernels &k, AdapterPool &pool, int32_t id, Slot &slot,
+                   const Samples &samples, const le_step &step, const Ewc *ewc) {
+  GradientBuffers &b = buffers();
+  const Block &block = *slot.current;
+  const GradientRow *rows;
+  if (samples.count == 1) {
+    rows = one_sample(k, pool, block, samples, b);
+  } else {
+    int64_t elements = pool.elements(block);
+    float *gradient = b.gradient.get(elements);
+    std::memset(gradient, 0, sizeof(float) * static_cast<size_t>(elements));
+    add_gradient(k, pool, block, samples, gradient, b);
+    rows = buffered(k, pool, block, gradient, 1.0f / static_cast<float>(samples.rows), b);
+  }
+  return step_slot(k, pool, id, slot, rows, step, ewc);
+}
+
+void check_step(const char *op, const AdapterPool &pool, const le_step &step, const Ewc *ewc) {
+  auto check = [&](const char *arg, float value, bool zero_too) {
+    check_finite(op, arg, value);
+    if (zero_too ? value < 0 : value <= 0)
+      fail(LE_ERROR_VALUE, "%s: %s: expected a number %s 0, got %g", op, arg, zero_too ? "from" : "above",
+           value);
+  };
+  check("lr", step.lr, true);
+  check("lr_ratio", step.lr_ratio, true);
+  check("max_norm", step.max_norm, true);
+  check("weight_decay", step.weight_decay, true);
+  if (ewc && &ewc->pool() != &pool)
+    fail(LE_ERROR_VALUE, "%s: ewc: expected one made for this pool, got one of another", op);
+}
+
+Samples checked_samples(const char *op, const AdapterPool &pool, const le_array *x,
+                        const le_array *grad) {
+  Samples samples{};
+  samples.x = float_matrix(op, "x", x, -1, pool.in_features(), "[n, in]");
+  samples.grad = float_matrix(op, "grad", grad, samples.x.n, pool.out_features(), "[n, out]");
+  check_dtype(op, "grad", samples.grad.dtype, samples.x.dtype, ", the dtype of x");
+  return samples;
+}
+
+// All rows, of one slot.
+void all_rows(Samples *samples) {
+  samples->count = samples->rows = samples->x.n;
+  Pair *pairs = buffers().pairs.get(samples->count);
+  for (int64_t i = 0; i < samples->count; ++i) pairs[i] = {i, 0, 0, 1.0f};
+  samples->pairs = pairs;
+}
+
+Rows checked_gradient(const char *op, const AdapterPool &pool, const Block &block,
+                      const le_array *gradient) {
+  Rows rows = matrix(op, "gradient", gradient, 1, pool.elements(block), "[size]");
+  check_dtype(op, "gradient", rows.dtype, LE_FLOAT32, "");
+  if (!rows.contiguous_rows())
+    fail(LE_ERROR_VALUE, "%s: gradient: expected a contiguous array, got stride %lld", op,
+         static_cast<long long>(rows.col_stride));
+  return rows;
+}
+
+}  // namespace
+
+void pool_adapt(AdapterPool &pool, const le_array *x, const le_array *grad, const le_array *ids,
+                const le_array *weights, const le_step &step, Ewc *ewc, uint8_t *outcomes) {
+  const char *op = "batched_adapt";
+  Samples all = checked_samples(op, pool, x, grad);
+  check_step(op, pool, step, ewc);
+  static thread_local Batch batch_memory;
+  static thread_local Scratch<int64_t> start_memory;
+  static thread_local Scratch<uint8_t> outcome_memory;
+  Batch &batch = batch_memory;
+  read_batch(op, pool, ids, weights, all.x.n, Order::kBySlot, &batch);
+  int64_t *starts = start_memory.get(batch.slot_count + 1);
+  uint8_t *by_slot = outcome_memory.get(batch.slot_count);
+  int64_t elements = 0;
+  {
+    SharedSlots live(op, pool, batch.slots, batch.slot_count);  // or nothing is touched
+    for (int64_t s = 0, p = 0; s < batch.slot_count; ++s) {
+      starts[s] = p;
+      elements += pool.elements(*pool.slot(batch.slots[s]).current);
+      while (p < batch.count && batch.pairs[p].slot == batch.slots[s]) ++p;
+      starts[s + 1] = p;
+    }
+  }
+  const Kernels &k = kernels();
+  int64_t bytes = elements * dtype_size(pool.dtype()) * 2 + batch.count * (all.x.width + all.grad.width);
+  pool.context().threads.run(batch.slot_count, pool.context().threads_for(bytes), [&](int64_t s) {
+    int32_t id = batch.slots[s];
+    Samples samples = all;
+    samples.pairs = batch.pairs + starts[s];
+    samples.count = starts[s + 1] - starts[s];
+    samples.rows = 1;
+    for (int64_t p = 1; p < samples.count; ++p)
+      samples.rows += samples.pairs[p].row != samples.pairs[p - 1].row;
+    Slot &slot = pool.slot(id);
+    std::lock_guard<SlotLock> held(slot.lock);
+    // Removed since the check above: there is nothing left to teach.
+    by_slot[s] = slot.live.load() ? adapt_slot(k, pool, id, slot, samples, step, ewc).what
+                                  : LE_NO_ADAPTER;
+  });
+  std::memset(outcomes, LE_NO_ADAPTER, static_cast<size_t>(all.x.n));
+  for (int64_t s = 0; s < batch.slot_count; ++s)
+    for (int64_t p = starts[s]; p < starts[s + 1]; ++p) {
+      uint8_t &row = outcomes[batch.pairs[p].row];
+      row = std::max(row, by_slot[s]);
+    }
+}
+
+void pool_adapt_slot(AdapterPool &pool, int32_t id, const le_array *x, const le_array *grad,
+                     const le_step &step, Ewc *ewc, uint8_t *outcome, double *grad_norm) {
+  const char *op = "batched_adapt";
+  Samples samples = checked_samples(op, pool, x, grad);
+  check_step(op, pool, step, ewc);
+  all_rows(&samples);
+  ExclusiveSlot held(op, pool, id);
+  Outcome result;
+  if (samples.count) result = adapt_slot(kernels(), pool, id, held.slot, samples, step, ewc);
+  *outcome = static_cast<uint8_t>(result.what);
+  *grad_norm = result.grad_norm;
+}
+
+int64_t pool_gradient_size(AdapterPool &pool, int32_t id) {
+  SharedSlots held("AdapterPool.gradient_size", pool, &id, 1);
+  return pool.elements(*pool.slot(id).current);
+}
+
+void pool_gradient(AdapterPool &pool, int32_t id, const le_array *x, const le_array *grad,
+                   const le_array *h, const le_array *gradient, uint8_t *outcome,
+                   double *grad_norm) {
+  const char *op = "AdapterPool.gradient";
+  Samples samples = checked_samples(op, pool, x, grad);
+  all_rows(&samples);
+  SharedSlots held(op, pool, &id, 1);
+  const Block &block = *pool.slot(id).current;
+  Rows to = checked_gradient(op, pool, block, gradient);
+  check_output(op, "gradient", gradient, to);
+  check_overlap(op, "gradient", to, "x", samples.x);
+  check_overlap(op, "gradient", to, "grad", samples.grad);
+  Rows h_rows;
+  if (present(h)) {
+    int64_t rank = 0;
+    for (int s = 0; s < pool.num_slices(); ++s) rank += block.ranks[s];
+    h_rows = matrix(op, "h", h, samples.x.n, rank, "[n, sum of ranks]");
+    check_dtype(op, "h", h_rows.dtype, LE_FLOAT32, "");
+    samples.h = &h_rows;
+  }
+  GradientBuffers &b = buffers();
+  const Kernels &k = kernels();
+  int64_t elements = pool.elements(block);
+  float *sum = b.gradient.get(elements);
+  std::memset(sum, 0, sizeof(float) * static_cast<size_t>(elements));
+  add_gradient(k, pool, block, samples, sum, b);
+  const GradientRow *rows = buffered(k, pool, block, sum, 1.0f, b);
+  *grad_norm = gradient_norm(pool, block, rows, true);
+  *outcome = !samples.count ? LE_NO_ADAPTER : std::isfinite(*grad_norm) ? LE_APPLIED : LE_NOT_FINITE;
+  if (*outcome != LE_APPLIED) return;
+  float *total = reinterpret_cast<float *>(to.data);
+  for (int64_t i = 0; i < elements; ++i) total[i] += sum[i];
+}
+
+void pool_apply(AdapterPool &pool, int32_t id, const le_array *gradient, float scale,
+                const le_step &step, Ewc *ewc, uint8_t *outcome, double *grad_norm) {
+  const char *op = "AdapterPool.apply";
+  check_step(op, pool, step, ewc);
+  check_finite(op, "scale", scale);
+  ExclusiveSlot held(op, pool, id);
+  Rows from = checked_gradient(op, pool, *held.slot.current, gradient);
+  const Kernels &k = kernels();
+  const GradientRow *rows =
+      buffered(k, pool, *held.slot.current, reinterpret_cast<const float *>(from.data), scale,
+               buffers());
+  Outcome result = step_slot(k, pool, id, held.slot, rows, step, ewc);
+  *outcome = static_cast<uint8_t>(result.what);
+  *grad_norm = result.grad_norm;
+}
+
+}  // namespace le

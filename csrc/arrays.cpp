@@ -1,0 +1,168 @@
+#include "arrays.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace le {
+namespace {
+
+std::string shape_text(const le_array *a) {
+  std::string text = "[";
+  for (int i = 0; i < a->ndim; ++i) text += (i ? ", " : "") + std::to_string(a->shape[i]);
+  return text + "]";
+}
+
+// Bytes [low, high) that an array may touch.
+void extent(const Rows &r, const char **low, const char **high) {
+  int64_t row = (r.n - 1) * r.row_stride, col = (r.width - 1) * r.col_stride;
+  int64_t first = std::min<int64_t>(row, 0) + std::min<int64_t>(col, 0);
+  int64_t last = std::max<int64_t>(row, 0) + std::max<int64_t>(col, 0);
+  *low = r.data + first * dtype_size(r.dtype);
+  *high = r.data + (last + 1) * dtype_size(r.dtype);
+}
+
+// Two column ranges of one wider matrix interleave in memory and share none of it.
+bool columns_of_one_matrix(const Rows &a, const Rows &b) {
+  int64_t pitch = a.row_stride * dtype_size(a.dtype);
+  if (a.n <= 1 || pitch <= 0 || pitch != b.row_stride * dtype_size(b.dtype)) return false;
+  if (a.col_stride != 1 || b.col_stride != 1) return false;
+  int64_t a_bytes = a.width * dtype_size(a.dtype), b_bytes = b.width * dtype_size(b.dtype);
+  int64_t offset = (b.data - a.data) % pitch;
+  if (offset < 0) offset += pitch;
+  return offset >= a_bytes && offset + b_bytes <= pitch;
+}
+
+bool share_memory(const Rows &a, const Rows &b) {
+  if (!a.n || !a.width || !b.n || !b.width) return false;
+  const char *a_low, *a_high, *b_low, *b_high;
+  extent(a, &a_low, &a_high);
+  extent(b, &b_low, &b_high);
+  if (a_high <= b_low || b_high <= a_low) return false;
+  return !columns_of_one_matrix(a, b);
+}
+
+}  // namespace
+
+Rows matrix(const char *op, const char *arg, const le_array *a, int64_t rows, int64_t width,
+            const char *symbols) {
+  if (!a || (!a->data && a->ndim == 0))
+    fail(LE_ERROR_VALUE, "%s: %s: expected an array %s, got none", op, arg, symbols);
+  bool fits = a->ndim == 1 || a->ndim == 2;
+  Rows r;
+  if (fits) {
+    bool vector = a->ndim == 1;
+    r.data = static_cast<char *>(a->data);
+    r.n = vector ? 1 : a->shape[0];
+    r.width = vector ? a->shape[0] : a->shape[1];
+    r.row_stride = vector ? r.width : a->strides[0];
+    r.col_stride = vector ? a->strides[0] : a->strides[1];
+    r.dtype = a->dtype;
+    fits = (rows < 0 || r.n == rows) && (width < 0 || r.width == width) && r.n >= 0 && r.width >= 0;
+  }
+  if (!fits) {
+    std::string expected = symbols;
+    if (rows >= 0 || width >= 0) {
+      std::string n = rows >= 0 ? std::to_string(rows) : "n";
+      std::string w = width >= 0 ? std::to_string(width) : "any";
+      expected += " = [" + n + ", " + w + "]";
+    }
+    fail(LE_ERROR_VALUE, "%s: %s: expected shape %s, got %s", op, arg, expected.c_str(),
+         shape_text(a).c_str());
+  }
+  return r;
+}
+
+Rows float_matrix(const char *op, const char *arg, const le_array *a, int64_t rows, int64_t width,
+                  const char *symbols) {
+  Rows r = matrix(op, arg, a, rows, width, symbols);
+  if (r.dtype != LE_FLOAT32 && r.dtype != LE_BFLOAT16)
+    fail(LE_ERROR_TYPE, "%s: %s: expected float32 or bfloat16, got %s", op, arg,
+         dtype_name(r.dtype));
+  return r;
+}
+
+void check_dtype(const char *op, const char *arg, int32_t got, int32_t expected,
+                 const char *expected_by) {
+  if (got != expected)
+    fail(LE_ERROR_TYPE, "%s: %s: expected %s%s, got %s", op, arg, dtype_name(expected), expected_by,
+         dtype_name(got));
+}
+
+void check_output(const char *op, const char *arg, const le_array *out, const Rows &rows) {
+  if (out->flags & LE_ARRAY_READONLY)
+    fail(LE_ERROR_VALUE, "%s: %s: expected a writable array, got a read-only one", op, arg);
+  int64_t col = std::abs(rows.col_stride), row = std::abs(rows.row_stride);
+  bool repeats = (rows.width > 1 && col == 0) || (rows.n > 1 && row == 0);
+  // Rows that begin inside one another.
+  if (rows.n > 1 && rows.width > 1)
+    repeats = repeats || (row >= col ? row < (rows.width - 1) * col + 1 : col < (rows.n - 1) * row + 1);
+  if (repeats)
+    fail(LE_ERROR_VALUE, "%s: %s: expected each element at its own address, got strides [%lld, %lld]",
+         op, arg, static_cast<long long>(rows.row_stride), static_cast<long long>(rows.col_stride));
+}
+
+void check_overlap(const char *op, const char *out_arg, const Rows &out, const char *in_arg,
+                   const Rows &in) {
+  if (share_memory(out, in))
+    fail(LE_ERROR_VALUE, "%s: %s: expected memory of its own, got memory shared with %s", op, out_arg,
+         in_arg);
+}
+
+void check_finite(const char *op, const char *arg, double value) {
+  if (!std::isfinite(value))
+    fail(LE_ERROR_VALUE, "%s: %s: expected a finite number, got %g", op, arg, value);
+}
+
+void load_row(const Kernels &k, const Rows &rows, int64_t i, int64_t first, int64_t n, float *dst) {
+  const char *p = rows.at(i, first);
+  if (rows.col_stride == 1) {
+    if (rows.dtype == LE_FLOAT32)
+      std::memcpy(dst, p, static_cast<size_t>(n) * sizeof(float));
+    else
+      k.widen(reinterpret_cast<const Bf16 *>(p), n, dst);
+    return;
+  }
+  int64_t step = rows.col_stride * dtype_size(rows.dtype);
+  for (int64_t j = 0; j < n; ++j, p += step) {
+    if (rows.dtype == LE_FLOAT32) {
+      std::memcpy(dst + j, p, sizeof(float));
+    } else {
+      uint32_t bits = uint32_t(reinterpret_cast<const Bf16 *>(p)->bits) << 16;
+      std::memcpy(dst + j, &bits, sizeof bits);
+    }
+  }
+}
+
+const float *float_row(const Kernels &k, const Rows &rows, int64_t i, float *copy) {
+  if (rows.dtype == LE_FLOAT32 && rows.contiguous_rows())
+    return reinterpret_cast<const float *>(rows.row(i));
+  load_row(k, rows, i, 0, rows.width, copy);
+  return copy;
+}
+
+void store_row(const Kernels &k, const Rows &rows, int64_t i, int64_t first, int64_t n,
+               const float *src, bool accumulate) {
+  constexpr int64_t kPart = 256;
+  float part[kPart];
+  Bf16 rounded[kPart];
+  for (int64_t j = 0; j < n; j += kPart) {
+    int64_t count = std::min(kPart, n - j);
+    std::memcpy(part, src + j, static_cast<size_t>(count) * sizeof(float));
+    if (accumulate) {
+      float before[kPart];
+      load_row(k, rows, i, first + j, count, before);
+      for (int64_t e = 0; e < count; ++e) part[e] = before[e] + part[e];
+    }
+    if (rows.dtype == LE_BFLOAT16) k.round(part, count, rounded);
+    for (int64_t e = 0; e < count; ++e) {
+      char *p = rows.at(i, first + j + e);
+      if (rows.dtype == LE_BFLOAT16)
+        std::memcpy(p, &rounded[e], sizeof(Bf16));
+      else
+        std::memcpy(p, &part[e], sizeof(float));
+    }
+  }
+}
+
+}  // namespace le

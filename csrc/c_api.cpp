@@ -1,0 +1,336 @@
+// The C ABI: every function checks its handles, calls the core, and turns what
+// was thrown into a status and the calling thread's last error.
+#include <cstdio>
+#include <new>
+
+#include "adapt.h"
+#include "dispatch.h"
+
+struct le_context {
+  explicit le_context(int num_threads) : core(num_threads) {}
+  le::Context core;
+};
+
+struct le_pool {
+  le_pool(le_context *c, const le_pool_options &options) : context(c), core(c->core, options) {}
+  le_context *context;
+  le::AdapterPool core;
+};
+
+struct le_ewc {
+  le_ewc(le_pool *p, int32_t form, float lambda) : context(p->context), core(p->core, form, lambda) {}
+  le_context *context;
+  le::Ewc core;
+};
+
+namespace {
+
+struct LastError {
+  const le_context *context = nullptr;
+  char text[512] = "";
+};
+thread_local LastError last_error;
+
+le_status report(const le_context *ctx, le_status status, const char *text) {
+  last_error.context = ctx;
+  std::snprintf(last_error.text, sizeof last_error.text, "%s", text);
+  return status;
+}
+
+template <class Fn>
+le_status guarded(const le_context *ctx, Fn &&fn) noexcept {
+  try {
+    fn();
+    return LE_OK;
+  } catch (const le::Error &e) {
+    return report(ctx, e.status, e.message.c_str());
+  } catch (const std::bad_alloc &) {
+    return report(ctx, LE_ERROR_MEMORY, "out of memory");
+  } catch (const std::exception &e) {
+    return report(ctx, LE_ERROR_INTERNAL, e.what());
+  } catch (...) {
+    return report(ctx, LE_ERROR_INTERNAL, "unknown exception");
+  }
+}
+
+void require(const char *op, const char *arg, const void *pointer) {
+  if (!pointer) le::fail(LE_ERROR_VALUE, "%s: %s: expected a pointer, got NULL", op, arg);
+}
+
+template <class Handle, class Fn>
+le_status with(const char *op, const char *arg, Handle *handle, Fn &&fn) noexcept {
+  if (!handle) {
+    return guarded(nullptr, [&] { require(op, arg, handle); });
+  }
+  return guarded(handle->context, [&] { fn(handle->core); });
+}
+
+template <class Fn>
+le_status with_context(const char *op, le_context *ctx, Fn &&fn) noexcept {
+  return guarded(ctx, [&] {
+    require(op, "ctx", ctx);
+    fn(ctx->core);
+  });
+}
+
+void check_threads(const char *op, int32_t n, int32_t least) {
+  if (n < least || n > 4096)
+    le::fail(LE_ERROR_VALUE, "%s: num_threads: expected %d to 4096, got %d", op, least, n);
+}
+
+le::Ewc *core_of(le_ewc *ewc) { return ewc ? &ewc->core : nullptr; }
+
+}  // namespace
+
+extern "C" {
+
+uint32_t le_version(void) {
+  return (LE_VERSION_MAJOR << 16) | (LE_VERSION_MINOR << 8) | LE_VERSION_PATCH;
+}
+
+int32_t le_abi_version(void) { return LE_ABI_VERSION; }
+
+const char *le_status_string(le_status status) {
+  switch (status) {
+    case LE_OK: return "ok";
+    case LE_ERROR_VALUE: return "wrong value";
+    case LE_ERROR_TYPE: return "wrong type";
+    case LE_ERROR_INDEX: return "no such slot";
+    case LE_ERROR_MEMORY: return "out of memory";
+    case LE_ERROR_UNSUPPORTED: return "unsupported";
+    case LE_ERROR_INTERNAL: return "internal error";
+  }
+  return "unknown status";
+}
+
+const char *le_last_error(const le_context *ctx) {
+  return !last_error.context || last_error.context == ctx ? last_error.text : "";
+}
+
+const char *le_isa(void) {
+  const char *name = nullptr;
+  guarded(nullptr, [&] { name = le::kernels().name; });
+  return name;
+}
+
+const char *le_isa_built(int32_t i, int32_t *supported) {
+  for (int32_t j = 0; le::isa_table[j].kernels; ++j) {
+    if (j != i) continue;
+    if (supported) *supported = le::isa_table[j].supported();
+    return le::isa_table[j].kernels->name;
+  }
+  return nullptr;
+}
+
+le_status le_context_create(int32_t num_threads, le_context **out) {
+  return guarded(nullptr, [&] {
+    require("le_context_create", "out", out);
+    check_threads("le_context_create", num_threads, 0);
+    *out = new le_context(num_threads);
+  });
+}
+
+void le_context_destroy(le_context *ctx) { delete ctx; }
+
+le_status le_set_num_threads(le_context *ctx, int32_t num_threads) {
+  return with_context("set_num_threads", ctx, [&](le::Context &c) {
+    check_threads("set_num_threads", num_threads, 1);
+    c.threads.set_num_threads(num_threads);
+  });
+}
+
+int32_t le_get_num_threads(const le_context *ctx) {
+  return ctx ? ctx->core.threads.num_threads() : 0;
+}
+
+int32_t le_limit_threads(int32_t num_threads) { return le::set_thread_limit(num_threads); }
+
+le_status le_lora_delta(le_context *ctx, const le_array *x, const le_array *A, const le_array *B,
+                        float scaling, int32_t accumulate, const le_array *y) {
+  return with_context("lora_delta", ctx, [&](le::Context &c) {
+    le::lora_delta(c, x, A, B, scaling, accumulate != 0, y);
+  });
+}
+
+le_status le_ewc_step(le_context *ctx, const le_array *theta, const le_array *grad,
+                      const le_array *fisher, const le_array *anchor, float lr, float ewc_lambda,
+                      uint64_t seed, uint64_t version) {
+  return with_context("ewc_step", ctx, [&](le::Context &) {
+    le::ewc_step(theta, grad, fisher, anchor, lr, ewc_lambda, seed, version);
+  });
+}
+
+le_status le_pool_create(le_context *ctx, const le_pool_options *options, le_pool **out) {
+  return with_context("AdapterPool", ctx, [&](le::Context &) {
+    require("AdapterPool", "options", options);
+    require("AdapterPool", "out", out);
+    *out = new le_pool(ctx, *options);
+  });
+}
+
+void le_pool_destroy(le_pool *pool) { delete pool; }
+
+le_status le_pool_add(le_pool *pool, const le_array *A, const le_array *B, float scaling,
+                      int32_t *slot) {
+  const char *op = "AdapterPool.add";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "A", A);
+    require(op, "B", B);
+    require(op, "slot", slot);
+    *slot = p.add(A, B, scaling);
+  });
+}
+
+le_status le_pool_set(le_pool *pool, int32_t slot, const le_array *A, const le_array *B,
+                      float scaling) {
+  const char *op = "AdapterPool.set";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "A", A);
+    require(op, "B", B);
+    p.set(slot, A, B, scaling);
+  });
+}
+
+le_status le_pool_get(le_pool *pool, int32_t slot, const le_array *A, const le_array *B,
+                      float *scaling) {
+  const char *op = "AdapterPool.get";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "A", A);
+    require(op, "B", B);
+    require(op, "scaling", scaling);
+    p.get(slot, A, B, scaling);
+  });
+}
+
+le_status le_pool_remove(le_pool *pool, int32_t slot) {
+  return with("AdapterPool.remove", "pool", pool, [&](le::AdapterPool &p) { p.remove(slot); });
+}
+
+le_status le_pool_ranks(le_pool *pool, int32_t slot, int32_t *ranks) {
+  const char *op = "AdapterPool.rank";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "ranks", ranks);
+    p.ranks(slot, ranks);
+  });
+}
+
+le_status le_pool_version(le_pool *pool, int32_t slot, uint64_t *version) {
+  const char *op = "AdapterPool.version";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "version", version);
+    *version = p.version(slot);
+  });
+}
+
+le_status le_pool_rollback(le_pool *pool, int32_t slot) {
+  return with("AdapterPool.rollback", "pool", pool, [&](le::AdapterPool &p) { p.rollback(slot); });
+}
+
+le_status le_pool_get_info(le_pool *pool, le_pool_info *info) {
+  const char *op = "AdapterPool.info";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "info", info);
+    *info = p.info();
+  });
+}
+
+le_status le_pool_forward(le_pool *pool, const le_array *x, const le_array *ids,
+                          const le_array *weights, int32_t accumulate, const le_array *y) {
+  return with("batched_lora_delta", "pool", pool, [&](le::AdapterPool &p) {
+    le::pool_forward(p, x, ids, weights, accumulate != 0, y);
+  });
+}
+
+le_status le_pool_forward_slot(le_pool *pool, int32_t slot, const le_array *x, int32_t transposed,
+                               int32_t accumulate, const le_array *y) {
+  return with("batched_lora_delta", "pool", pool, [&](le::AdapterPool &p) {
+    le::pool_forward_slot(p, slot, x, transposed != 0, accumulate != 0, y);
+  });
+}
+
+le_status le_pool_adapt(le_pool *pool, const le_array *x, const le_array *grad, const le_array *ids,
+                        const le_array *weights, const le_step *step, uint8_t *outcomes) {
+  const char *op = "batched_adapt";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "step", step);
+    require(op, "outcomes", outcomes);
+    le::pool_adapt(p, x, grad, ids, weights, *step, core_of(step->ewc), outcomes);
+  });
+}
+
+le_status le_pool_adapt_slot(le_pool *pool, int32_t slot, const le_array *x, const le_array *grad,
+                             const le_step *step, uint8_t *outcome, double *grad_norm) {
+  const char *op = "batched_adapt";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "step", step);
+    require(op, "outcome", outcome);
+    require(op, "grad_norm", grad_norm);
+    le::pool_adapt_slot(p, slot, x, grad, *step, core_of(step->ewc), outcome, grad_norm);
+  });
+}
+
+le_status le_pool_gradient_size(le_pool *pool, int32_t slot, int64_t *size) {
+  const char *op = "AdapterPool.gradient_size";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "size", size);
+    *size = le::pool_gradient_size(p, slot);
+  });
+}
+
+le_status le_pool_gradient(le_pool *pool, int32_t slot, const le_array *x, const le_array *grad,
+                           const le_array *h, const le_array *gradient, uint8_t *outcome,
+                           double *grad_norm) {
+  const char *op = "AdapterPool.gradient";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "outcome", outcome);
+    require(op, "grad_norm", grad_norm);
+    le::pool_gradient(p, slot, x, grad, h, gradient, outcome, grad_norm);
+  });
+}
+
+le_status le_pool_apply(le_pool *pool, int32_t slot, const le_array *gradient, float scale,
+                        const le_step *step, uint8_t *outcome, double *grad_norm) {
+  const char *op = "AdapterPool.apply";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "step", step);
+    require(op, "outcome", outcome);
+    require(op, "grad_norm", grad_norm);
+    le::pool_apply(p, slot, gradient, scale, *step, core_of(step->ewc), outcome, grad_norm);
+  });
+}
+
+le_status le_pool_shrink(le_pool *pool, int32_t slot, const le_array *x, const le_array *h) {
+  return with("AdapterPool.shrink", "pool", pool,
+              [&](le::AdapterPool &p) { le::pool_shrink(p, slot, x, h); });
+}
+
+le_status le_ewc_create(le_pool *pool, int32_t form, float ewc_lambda, le_ewc **out) {
+  return with("EWC", "pool", pool, [&](le::AdapterPool &) {
+    require("EWC", "out", out);
+    *out = new le_ewc(pool, form, ewc_lambda);
+  });
+}
+
+void le_ewc_destroy(le_ewc *ewc) { delete ewc; }
+
+le_status le_ewc_set(le_ewc *ewc, int32_t slot, const le_array *fisher_A,
+                     const le_array *fisher_B) {
+  return with("EWC.set", "ewc", ewc, [&](le::Ewc &e) {
+    require("EWC.set", "fisher_A", fisher_A);
+    require("EWC.set", "fisher_B", fisher_B);
+    e.set(slot, fisher_A, fisher_B);
+  });
+}
+
+le_status le_ewc_remove(le_ewc *ewc, int32_t slot) {
+  return with("EWC.remove", "ewc", ewc, [&](le::Ewc &e) { e.remove(slot); });
+}
+
+le_status le_ewc_penalty(le_ewc *ewc, double *penalty) {
+  return with("EWC.penalty", "ewc", ewc, [&](le::Ewc &e) {
+    require("EWC.penalty", "penalty", penalty);
+    *penalty = e.penalty();
+  });
+}
+
+}  // extern "C"

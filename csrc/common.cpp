@@ -1,0 +1,26 @@
+#include "common.h"
+
+#include <cstdio>
+
+namespace le {
+
+const char *dtype_name(int32_t dtype) {
+  switch (dtype) {
+    case LE_FLOAT32: return "float32";
+    case LE_BFLOAT16: return "bfloat16";
+    case LE_FLOAT16: return "float16";
+    case LE_INT32: return "int32";
+    default: return "unknown dtype";
+  }
+}
+
+void fail(le_status status, const char *format, ...) {
+  char text[512];
+  va_list args;
+  va_start(args, format);
+  std::vsnprintf(text, sizeof text, format, args);
+  va_end(args);
+  throw Error{status, text};
+}
+
+}  // namespace le

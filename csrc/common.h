@@ -1,0 +1,44 @@
+// Types and small helpers that every part of the core shares.
+#pragma once
+
+#include <cstdarg>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "include/lora_engine.h"
+
+namespace le {
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+inline int64_t dtype_size(int32_t dtype) { return dtype == LE_FLOAT32 || dtype == LE_INT32 ? 4 : 2; }
+const char *dtype_name(int32_t dtype);
+
+// Thrown inside the core only; c_api.cpp turns it into a status.
+struct Error {
+  le_status status;
+  std::string message;
+};
+
+[[noreturn]] __attribute__((format(printf, 2, 3))) void fail(le_status status, const char *format,
+                                                             ...);
+
+// A buffer that is reused from call to call, so that steady state allocates
+// nothing. What it held before is lost by a call of get.
+template <class T>
+class Scratch {
+ public:
+  T *get(int64_t count) {
+    if (static_cast<int64_t>(data_.size()) < count) data_.resize(static_cast<size_t>(count));
+    return data_.data();
+  }
+
+ private:
+  std::vector<T> data_;
+};
+
+}  // namespace le

@@ -1,0 +1,61 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+namespace le {
+namespace {
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+const Kernels *choose() {
+  const char *wanted = std::getenv("LORA_ENGINE_ISA");
+  const Kernels *best = nullptr;
+  for (const IsaEntry *e = isa_table; e->kernels; ++e) {
+    if (wanted && *wanted && std::strcmp(wanted, e->kernels->name) != 0) continue;
+    if (e->supported()) {
+      best = e->kernels;
+    } else if (wanted && *wanted) {
+      fail(LE_ERROR_UNSUPPORTED, "LORA_ENGINE_ISA=%s: this CPU does not have it", wanted);
+    }
+  }
+  if (!best) {
+    std::string built;
+    for (const IsaEntry *e = isa_table; e->kernels; ++e)
+      built += (built.empty() ? "" : ", ") + std::string(e->kernels->name);
+    fail(LE_ERROR_UNSUPPORTED, "LORA_ENGINE_ISA=%s: expected one of %s", wanted, built.c_str());
+  }
+  return best;
+}
+
+}  // namespace
+
+const IsaEntry isa_table[] = {
+    {&kernels_generic, always},
+#if defined(__x86_64__)
+    {&kernels_avx2, has_avx2},
+    {&kernels_avx512, has_avx512},
+#endif
+    {nullptr, nullptr},
+};
+
+const Kernels &kernels() {
+  static std::atomic<const Kernels *> chosen{nullptr};
+  const Kernels *k = chosen.load(std::memory_order_acquire);
+  if (!k) {
+    k = choose();
+    chosen.store(k, std::memory_order_release);
+  }
+  return *k;
+}
+
+}  // namespace le

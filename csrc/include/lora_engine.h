@@ -1,0 +1,239 @@
+/* lora_engine: per-row LoRA adapters that are applied and learned online.
+ *
+ * This header is the only door into the C++ core; the Python module goes
+ * through it too. Conventions, once:
+ *
+ * - Shapes: x [n, in], A [r, in], B [out, r], y and grad [n, out]. A vector
+ *   (ndim 1) stands for one row. The delta of a row is scaling * B (A x).
+ * - Arrays are borrowed for the length of the call and described by le_array:
+ *   strides count elements, not bytes. Outputs are owned by the caller.
+ * - Handles are opaque. A pool borrows its context and an le_ewc borrows its
+ *   pool: destroy the borrower first.
+ * - Every function that can fail returns an le_status; le_last_error(ctx)
+ *   says what was wrong, in words, for the calling thread. Arguments are
+ *   checked before any memory is touched: on an error nothing was written.
+ * - All functions may be called from any thread, except the *_destroy
+ *   functions, which need their handle to be idle. Nothing is thrown,
+ *   nothing is printed.
+ */
+#ifndef LORA_ENGINE_H
+#define LORA_ENGINE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define LE_API __declspec(dllexport)
+#else
+#define LE_API __attribute__((visibility("default")))
+#endif
+
+#define LE_VERSION_MAJOR 0
+#define LE_VERSION_MINOR 1
+#define LE_VERSION_PATCH 0
+#define LE_ABI_VERSION 1
+
+typedef enum le_status {
+  LE_OK = 0,
+  LE_ERROR_VALUE = 1,       /* a shape, range or overlap is wrong */
+  LE_ERROR_TYPE = 2,        /* a dtype is wrong */
+  LE_ERROR_INDEX = 3,       /* a slot does not exist or was removed */
+  LE_ERROR_MEMORY = 4,      /* an allocation failed */
+  LE_ERROR_UNSUPPORTED = 5, /* known, but not in this build or on this CPU */
+  LE_ERROR_INTERNAL = 6     /* a defect of the engine */
+} le_status;
+
+typedef enum le_dtype {
+  LE_FLOAT32 = 0,
+  LE_BFLOAT16 = 1,
+  LE_FLOAT16 = 2, /* reserved: no op takes it yet */
+  LE_INT32 = 3
+} le_dtype;
+
+#define LE_MAX_DIMS 4
+#define LE_ARRAY_READONLY 1u
+
+typedef struct le_array {
+  void *data; /* NULL with ndim 0 means "none" where an argument is optional */
+  int64_t shape[LE_MAX_DIMS];
+  int64_t strides[LE_MAX_DIMS]; /* in elements; may be 0 or negative */
+  int32_t ndim;
+  int32_t dtype; /* an le_dtype */
+  uint32_t flags;
+} le_array;
+
+typedef struct le_context le_context;
+typedef struct le_pool le_pool;
+typedef struct le_ewc le_ewc;
+
+/* ---- version, status, instruction set ---------------------------------- */
+
+/* (major << 16) | (minor << 8) | patch of the library that was loaded. */
+LE_API uint32_t le_version(void);
+/* Compare with LE_ABI_VERSION before anything else. */
+LE_API int32_t le_abi_version(void);
+LE_API const char *le_status_string(le_status status);
+/* What the calling thread's last failing call said; "" if none failed.
+ * Valid until that thread's next failing call. */
+LE_API const char *le_last_error(const le_context *ctx);
+
+/* Name of the instruction set in use: chosen at first use, the best this CPU
+ * has, or what the environment variable LORA_ENGINE_ISA names. NULL if that
+ * variable names one that cannot be had (every op then fails and says so). */
+LE_API const char *le_isa(void);
+/* The i-th instruction set this library was built with (NULL past the end),
+ * and whether this CPU runs it. */
+LE_API const char *le_isa_built(int32_t i, int32_t *supported);
+
+/* ---- context: one thread pool ------------------------------------------ */
+
+/* num_threads 0: the number of CPUs the process may run on. Workers start
+ * when first needed and park within 50 us of their last work. */
+LE_API le_status le_context_create(int32_t num_threads, le_context **out);
+LE_API void le_context_destroy(le_context *ctx);
+LE_API le_status le_set_num_threads(le_context *ctx, int32_t num_threads);
+LE_API int32_t le_get_num_threads(const le_context *ctx);
+/* Caps the threads that calls from this thread use (0: no cap); returns the
+ * cap that was in force. */
+LE_API int32_t le_limit_threads(int32_t num_threads);
+
+/* ---- ops on arrays ------------------------------------------------------ */
+
+/* y = scaling (x A^T) B^T, or y += with accumulate. A and B share a dtype,
+ * x and y share a dtype; accumulation is in float32. */
+LE_API le_status le_lora_delta(le_context *ctx, const le_array *x, const le_array *A,
+                               const le_array *B, float scaling, int32_t accumulate,
+                               const le_array *y);
+
+/* The proximal EWC step on arrays of one shape ([n] or [n, m]):
+ *   theta <- (theta - lr g + lr c F anchor) / (1 + lr c F),  c = 2 ewc_lambda.
+ * F and anchor are float32. A bfloat16 theta is rounded stochastically, keyed
+ * (seed, 0, version, element). */
+LE_API le_status le_ewc_step(le_context *ctx, const le_array *theta, const le_array *grad,
+                             const le_array *fisher, const le_array *anchor, float lr,
+                             float ewc_lambda, uint64_t seed, uint64_t version);
+
+/* ---- adapter pool ------------------------------------------------------- */
+
+typedef struct le_pool_options {
+  int64_t in_features;
+  const int64_t *out_features; /* one per slice; copied */
+  int32_t num_slices;
+  int32_t dtype;    /* LE_FLOAT32 or LE_BFLOAT16: how weights are stored */
+  int64_t capacity; /* most live slots at a time; 0: no limit */
+  int32_t max_rank; /* of a slice; 0: no limit but LE_MAX_RANK */
+  int32_t history;  /* 1 keeps the weights before the last change */
+  uint64_t seed;    /* of the stochastic rounding of bfloat16 storage */
+} le_pool_options;
+
+#define LE_MAX_RANK 65536
+
+LE_API le_status le_pool_create(le_context *ctx, const le_pool_options *options, le_pool **out);
+LE_API void le_pool_destroy(le_pool *pool);
+
+/* A and B are arrays of num_slices le_array; a missing slice has data NULL.
+ * Float32 and bfloat16 are taken and rounded to the pool's dtype. */
+LE_API le_status le_pool_add(le_pool *pool, const le_array *A, const le_array *B, float scaling,
+                             int32_t *slot);
+LE_API le_status le_pool_set(le_pool *pool, int32_t slot, const le_array *A, const le_array *B,
+                             float scaling);
+/* Writes the slot's weights to caller-owned arrays of the shapes that
+ * le_pool_ranks implies (data NULL skips one). */
+LE_API le_status le_pool_get(le_pool *pool, int32_t slot, const le_array *A, const le_array *B,
+                             float *scaling);
+/* Zeroes the slot's memory and frees it; freed slots are reissued oldest first. */
+LE_API le_status le_pool_remove(le_pool *pool, int32_t slot);
+/* ranks: num_slices values, 0 for a missing slice. */
+LE_API le_status le_pool_ranks(le_pool *pool, int32_t slot, int32_t *ranks);
+/* Grows by one with every change to the slot: add, set, adapt, rollback. */
+LE_API le_status le_pool_version(le_pool *pool, int32_t slot, uint64_t *version);
+/* Brings back the weights before the last change (history = 1), once. */
+LE_API le_status le_pool_rollback(le_pool *pool, int32_t slot);
+
+typedef struct le_pool_info {
+  int64_t live;   /* slots in use */
+  int64_t issued; /* slot ids ever issued: every id is below it */
+  int64_t bytes;  /* allocated by the pool, bookkeeping included */
+} le_pool_info;
+LE_API le_status le_pool_get_info(le_pool *pool, le_pool_info *info);
+
+/* y_i += sum_j w_ij scaling_j B_j (A_j x_i); without accumulate y_i = that.
+ * ids int32 [n] or [n, k], -1 for none; weights float32 like ids, or NULL for
+ * ones. A row with no adapter keeps its bits (without accumulate: zeros). A
+ * row's result does not depend on the other rows. */
+LE_API le_status le_pool_forward(le_pool *pool, const le_array *x, const le_array *ids,
+                                 const le_array *weights, int32_t accumulate, const le_array *y);
+
+/* The same with one slot for all rows. transposed: x is [n, out], y [n, in],
+ * and the result is scaling A^T (B^T x): the gradient with respect to x. */
+LE_API le_status le_pool_forward_slot(le_pool *pool, int32_t slot, const le_array *x,
+                                      int32_t transposed, int32_t accumulate, const le_array *y);
+
+/* ---- learning ----------------------------------------------------------- */
+
+typedef struct le_step {
+  float lr;           /* > 0 */
+  float lr_ratio;     /* LoRA+: B learns at lr_ratio * lr; 1 */
+  float max_norm;     /* clips gA and gB together; 0: no clipping */
+  float weight_decay; /* decoupled: theta -= lr weight_decay theta; 0 */
+  int32_t train_A;    /* 0: LoRA-FA, only B learns */
+  le_ewc *ewc;        /* NULL: none */
+} le_step;
+
+/* What became of a row or a slot. */
+typedef enum le_outcome {
+  LE_NO_ADAPTER = 0, /* the row named none: nothing was learned */
+  LE_APPLIED = 1,
+  LE_NOT_FINITE = 2 /* the gradient held NaN or Inf: the adapter is untouched */
+} le_outcome;
+
+/* One gradient step for every adapter named, from the values before the call:
+ * gB = mean over its rows of w scaling grad h^T, gA = mean of
+ * w scaling (B^T grad) x^T, h = A x. outcomes: n bytes of le_outcome, the
+ * worst of a row's adapters. Rows of one adapter are summed in row order. */
+LE_API le_status le_pool_adapt(le_pool *pool, const le_array *x, const le_array *grad,
+                               const le_array *ids, const le_array *weights, const le_step *step,
+                               uint8_t *outcomes);
+
+/* The same for one slot. grad_norm: of gA and gB together, before clipping. */
+LE_API le_status le_pool_adapt_slot(le_pool *pool, int32_t slot, const le_array *x,
+                                    const le_array *grad, const le_step *step, uint8_t *outcome,
+                                    double *grad_norm);
+
+/* Floats in a slot's gradient buffer: for each slice its gA [r, in], then the
+ * transpose of its gB [r, out]. */
+LE_API le_status le_pool_gradient_size(le_pool *pool, int32_t slot, int64_t *size);
+/* gradient += the sum over rows (no mean) of the gradients of a slot. h is
+ * NULL (recomputed) or A x, float32 [n, sum of ranks]. Where the sum would
+ * hold NaN or Inf, nothing is added and the outcome is LE_NOT_FINITE. */
+LE_API le_status le_pool_gradient(le_pool *pool, int32_t slot, const le_array *x,
+                                  const le_array *grad, const le_array *h,
+                                  const le_array *gradient, uint8_t *outcome, double *grad_norm);
+/* One step with the gradient `scale * gradient`. */
+LE_API le_status le_pool_apply(le_pool *pool, int32_t slot, const le_array *gradient, float scale,
+                               const le_step *step, uint8_t *outcome, double *grad_norm);
+/* h = A x of a slot, float32 [n, sum of ranks]. */
+LE_API le_status le_pool_shrink(le_pool *pool, int32_t slot, const le_array *x, const le_array *h);
+
+/* ---- elastic weight consolidation, one record a slot -------------------- */
+
+typedef enum le_ewc_form { LE_EWC_FACTOR = 0, LE_EWC_DELTA = 1 /* not yet */ } le_ewc_form;
+
+LE_API le_status le_ewc_create(le_pool *pool, int32_t form, float ewc_lambda, le_ewc **out);
+LE_API void le_ewc_destroy(le_ewc *ewc);
+/* Records the Fisher information (float32, shaped like A and B, not negative)
+ * of a slot, and its weights now as the anchor. */
+LE_API le_status le_ewc_set(le_ewc *ewc, int32_t slot, const le_array *fisher_A,
+                            const le_array *fisher_B);
+LE_API le_status le_ewc_remove(le_ewc *ewc, int32_t slot);
+/* lambda sum F (theta - anchor)^2 over the slots with a record. */
+LE_API le_status le_ewc_penalty(le_ewc *ewc, double *penalty);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* LORA_ENGINE_H */

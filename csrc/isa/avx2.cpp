@@ -1,0 +1,7 @@
+// Compiled with -mavx2 -mfma.
+#include <immintrin.h>
+#define LE_W 8
+#define LE_FMA(a, b, c) reinterpret_cast<F>(_mm256_fmadd_ps((a), (b), (c)))
+#define LE_NAME "avx2"
+#define LE_TABLE kernels_avx2
+#include "bodies.h"

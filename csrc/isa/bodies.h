@@ -1,0 +1,217 @@
+// The inner loops, written once; each instruction set's file includes this
+// after vec.h's two macros and names its table with LE_TABLE.
+#pragma once
+
+#include "vec.h"
+
+namespace le {
+namespace {
+
+// ---- shrink: dot products of MT rows with RT ranks, PART partial sums each --
+//
+// Vector v of the row goes to partial sum v % PART, so the order of summation
+// is set by PART alone. PART follows the adapter's rank: 4 sums hide the FMA's
+// latency at rank 1 and 2; from 3 on, the ranks of a tile do.
+
+template <class T, int MT, int RT, int PART>
+LE_INLINE void dot_tile(const float *const *x, const T *const *a, int64_t k, float *h,
+                        int64_t ldh) {
+  F acc[MT][RT][PART] = {};
+  auto add = [&](int part, auto &&load_x, auto &&load_a) {
+    F xv[MT];
+    for (int i = 0; i < MT; ++i) xv[i] = load_x(x[i]);
+    for (int j = 0; j < RT; ++j) {
+      F av = load_a(a[j]);
+      for (int i = 0; i < MT; ++i) acc[i][j][part] = fma(xv[i], av, acc[i][j][part]);
+    }
+  };
+  int64_t p = 0;
+  for (; p + PART * W <= k; p += PART * W) {
+#pragma GCC unroll 4
+    for (int part = 0; part < PART; ++part) {
+      int64_t at = p + part * W;
+      add(part, [at](const float *row) { return load(row + at); },
+          [at](const T *row) { return load(row + at); });
+    }
+  }
+#pragma GCC unroll 4
+  for (int part = 0; part < PART; ++part) {
+    int64_t left = k - p;
+    if (left >= W) {
+      add(part, [p](const float *row) { return load(row + p); },
+          [p](const T *row) { return load(row + p); });
+      p += W;
+    } else if (left > 0) {
+      add(part, [p, left](const float *row) { return load_part(row + p, left); },
+          [p, left](const T *row) { return load_part(row + p, left); });
+      p = k;
+    }
+  }
+  for (int i = 0; i < MT; ++i) {
+    for (int j = 0; j < RT; ++j) {
+      F total = acc[i][j][0] + acc[i][j][1];
+      if (PART == 4) total = total + (acc[i][j][PART - 2] + acc[i][j][PART - 1]);
+      h[i * ldh + j] = sum(total);
+    }
+  }
+}
+
+template <class T, int MT, int RT, int PART>
+LE_INLINE int64_t dot_tiles(const float *const *x, int64_t j, int64_t r, const T *const *a,
+                            int64_t k, float *h, int64_t ldh) {
+  for (; j + RT <= r; j += RT) dot_tile<T, MT, RT, PART>(x, a + j, k, h + j, ldh);
+  return j;
+}
+
+template <class T>
+void shrink(int64_t m, const float *const *x, int64_t r, const void *const *rows, int64_t k,
+            int64_t rank_total, float *h, int64_t ldh) {
+  const T *const *a = reinterpret_cast<const T *const *>(rows);
+  int64_t i = 0;
+  if (rank_total <= 2) {
+    for (; i < m; ++i) {
+      int64_t j = dot_tiles<T, 1, 2, 4>(x + i, 0, r, a, k, h + i * ldh, ldh);
+      dot_tiles<T, 1, 1, 4>(x + i, j, r, a, k, h + i * ldh, ldh);
+    }
+    return;
+  }
+  for (; i + 2 <= m; i += 2) {
+    int64_t j = dot_tiles<T, 2, 3, 2>(x + i, 0, r, a, k, h + i * ldh, ldh);
+    dot_tiles<T, 2, 1, 2>(x + i, j, r, a, k, h + i * ldh, ldh);
+  }
+  for (; i < m; ++i) {
+    int64_t j = dot_tiles<T, 1, 4, 2>(x + i, 0, r, a, k, h + i * ldh, ldh);
+    dot_tiles<T, 1, 1, 2>(x + i, j, r, a, k, h + i * ldh, ldh);
+  }
+}
+
+// ---- expand: NV vectors of columns of MT rows, terms in order --------------
+
+template <class TB, class TY, int MT, int NV>
+LE_INLINE void columns_tile(int64_t terms, const float *c, int64_t ldc, const TB *const *b,
+                            int64_t at, TY *const *y, int accumulate) {
+  F acc[MT][NV] = {};
+  for (int64_t t = 0; t < terms; ++t) {
+    F bv[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) bv[v] = load(b[t] + at + v * W);
+#pragma GCC unroll 4
+    for (int i = 0; i < MT; ++i) {
+      F cv = set1(c[i * ldc + t]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[i][v] = fma(cv, bv[v], acc[i][v]);
+    }
+  }
+  for (int i = 0; i < MT; ++i) {
+    for (int v = 0; v < NV; ++v) {
+      TY *p = y[i] + at + v * W;
+      store(p, accumulate ? load(p) + acc[i][v] : acc[i][v]);
+    }
+  }
+}
+
+template <class TB, class TY>
+LE_INLINE void columns_part(int64_t terms, const float *c, const TB *const *b, int64_t at,
+                            int64_t left, TY *y, int accumulate) {
+  F acc = {};
+  for (int64_t t = 0; t < terms; ++t) acc = fma(set1(c[t]), load_part(b[t] + at, left), acc);
+  if (accumulate) acc = load_part(y + at, left) + acc;
+  TY part[W];
+  store(part, acc);
+  copy_part(y + at, part, left);
+}
+
+template <class TB, class TY, int MT, int NV>
+LE_INLINE void expand_rows(int64_t terms, const float *c, int64_t ldc, const TB *const *b,
+                           int64_t n, TY *const *y, int accumulate) {
+  int64_t at = 0;
+  for (; at + NV * W <= n; at += NV * W)
+    columns_tile<TB, TY, MT, NV>(terms, c, ldc, b, at, y, accumulate);
+  for (; at + W <= n; at += W)
+    columns_tile<TB, TY, MT, 1>(terms, c, ldc, b, at, y, accumulate);
+  if (at < n)
+    for (int i = 0; i < MT; ++i)
+      columns_part(terms, c + i * ldc, b, at, n - at, y[i], accumulate);
+}
+
+template <class TB, class TY>
+void expand(int64_t m, int64_t terms, const float *c, int64_t ldc, const void *const *rows,
+            int64_t n, void *const *out, int accumulate) {
+  const TB *const *b = reinterpret_cast<const TB *const *>(rows);
+  TY *const *y = reinterpret_cast<TY *const *>(out);
+  int64_t i = 0;
+  for (; i + 4 <= m; i += 4)
+    expand_rows<TB, TY, 4, 2>(terms, c + i * ldc, ldc, b, n, y + i, accumulate);
+  for (; i + 2 <= m; i += 2)
+    expand_rows<TB, TY, 2, 4>(terms, c + i * ldc, ldc, b, n, y + i, accumulate);
+  for (; i < m; ++i) expand_rows<TB, TY, 1, 8>(terms, c + i * ldc, ldc, b, n, y + i, accumulate);
+}
+
+// ---- update -----------------------------------------------------------------
+
+template <class T, bool EWC>
+LE_INLINE void update_loop(const Update &u) {
+  const T *src = static_cast<const T *>(u.src);
+  T *dst = static_cast<T *>(u.dst);
+  const F decay = set1(u.decay), coef = set1(-u.coef), penalty = set1(u.penalty);
+  auto step = [&](F theta, F vec, F fisher, F anchor) {
+    F next = fma(coef, vec, decay * theta);
+    if (EWC) {
+      F pull = penalty * fisher;
+      next = fma(pull, anchor, next) / (set1(1.0f) + pull);
+    }
+    return next;
+  };
+  int64_t i = 0;
+  for (; i + W <= u.n; i += W) {
+    F fisher = EWC ? load(u.fisher + i) : F{}, anchor = EWC ? load(u.anchor + i) : F{};
+    store_stochastic(dst + i, step(load(src + i), load(u.vec + i), fisher, anchor),
+                     u.element + static_cast<uint32_t>(i), u);
+  }
+  if (i < u.n) {
+    int64_t left = u.n - i;
+    F fisher = EWC ? load_part(u.fisher + i, left) : F{};
+    F anchor = EWC ? load_part(u.anchor + i, left) : F{};
+    T part[W];
+    store_stochastic(part, step(load_part(src + i, left), load_part(u.vec + i, left), fisher, anchor),
+                     u.element + static_cast<uint32_t>(i), u);
+    copy_part(dst + i, part, left);
+  }
+}
+
+template <class T>
+void update(const Update &u) {
+  if (u.fisher)
+    update_loop<T, true>(u);
+  else
+    update_loop<T, false>(u);
+}
+
+// ---- conversion -------------------------------------------------------------
+
+template <class From, class To>
+LE_INLINE void convert(const From *src, int64_t n, To *dst) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(dst + i, load(src + i));
+  if (i < n) {
+    To part[W];
+    store(part, load_part(src + i, n - i));
+    copy_part(dst + i, part, n - i);
+  }
+}
+
+void widen(const Bf16 *src, int64_t n, float *dst) { convert(src, n, dst); }
+void round(const float *src, int64_t n, Bf16 *dst) { convert(src, n, dst); }
+
+}  // namespace
+
+const Kernels LE_TABLE = {
+    LE_NAME,
+    {shrink<float>, shrink<Bf16>},
+    {{expand<float, float>, expand<float, Bf16>}, {expand<Bf16, float>, expand<Bf16, Bf16>}},
+    {update<float>, update<Bf16>},
+    widen,
+    round,
+};
+
+}  // namespace le

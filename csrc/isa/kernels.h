@@ -1,0 +1,52 @@
+// The table of inner loops that each instruction set fills in. Everything
+// above it is compiled once, for the baseline CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "../common.h"
+
+namespace le {
+
+// h[i * ldh + j] = dot(x[i], a[j]) over k elements, for m rows and r ranks.
+// The order of summation depends on `rank_total` (the adapter's rank) and k
+// alone, never on m or on how the ranks are split over calls.
+using ShrinkFn = void (*)(int64_t m, const float *const *x, int64_t r, const void *const *a,
+                          int64_t k, int64_t rank_total, float *h, int64_t ldh);
+
+// y[i][0..n) = (accumulate ? y[i] : 0) + sum_t c[i * ldc + t] * b[t][0..n),
+// terms in order, summed in float32 before y is added.
+using ExpandFn = void (*)(int64_t m, int64_t terms, const float *c, int64_t ldc,
+                          const void *const *b, int64_t n, void *const *y, int accumulate);
+
+// theta' = (decay theta - coef vec + penalty F anchor) / (1 + penalty F) for n
+// elements; without fisher the penalty is 0. Bfloat16 is rounded
+// stochastically by hash(key, element + i).
+struct Update {
+  const void *src;
+  void *dst;
+  const float *vec;
+  const float *fisher;
+  const float *anchor;
+  int64_t n;
+  float decay, coef, penalty;
+  uint32_t key_lo, key_hi, element;
+};
+using UpdateFn = void (*)(const Update &);
+
+constexpr int kNumDtypes = 2;  // LE_FLOAT32, LE_BFLOAT16
+
+struct Kernels {
+  const char *name;
+  ShrinkFn shrink[kNumDtypes];              // [dtype of a]
+  ExpandFn expand[kNumDtypes][kNumDtypes];  // [dtype of b][dtype of y]
+  UpdateFn update[kNumDtypes];              // [dtype of theta]
+  void (*widen)(const Bf16 *src, int64_t n, float *dst);
+  void (*round)(const float *src, int64_t n, Bf16 *dst);  // to nearest, ties to even
+};
+
+extern const Kernels kernels_generic;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+}  // namespace le

@@ -1,0 +1,372 @@
+// lora_engine._C: the C ABI as Python objects. No logic of its own.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+
+#include "py_arrays.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using le_py::Array;
+using le_py::as_array;
+using le_py::as_optional_array;
+
+namespace {
+
+le_context *context() {
+  static le_context *ctx = [] {
+    le_context *made = nullptr;
+    le_context_create(0, &made);
+    return made;
+  }();
+  return ctx;
+}
+
+void check(le_status status) {
+  if (status == LE_OK) return;
+  PyObject *type = PyExc_RuntimeError;
+  switch (status) {
+    case LE_ERROR_VALUE: type = PyExc_ValueError; break;
+    case LE_ERROR_TYPE: type = PyExc_TypeError; break;
+    case LE_ERROR_INDEX: type = PyExc_IndexError; break;
+    case LE_ERROR_MEMORY: type = PyExc_MemoryError; break;
+    case LE_ERROR_UNSUPPORTED: type = PyExc_NotImplementedError; break;
+    default: break;
+  }
+  PyErr_SetString(type, le_last_error(context()));
+  throw nb::python_error();
+}
+
+// Around a call of the core: lets other Python threads run, and takes torch's
+// thread count on the torch path, where the work is long enough to pay for it.
+class Work {
+ public:
+  Work(const Array &x, int64_t out_width) {
+    constexpr int64_t kLong = 64 * 1024;  // elements in and out: some 20 us
+    if (x.rows() * (x.width() + out_width) < kLong) return;
+    if (x.torch) before_ = le_limit_threads(le_py::torch_num_threads());
+    released_.emplace();
+  }
+  ~Work() {
+    if (before_ >= 0) le_limit_threads(before_);
+  }
+
+ private:
+  int32_t before_ = -1;
+  std::optional<nb::gil_scoped_release> released_;
+};
+
+struct Step : le_step {
+  Step(float lr_, float max_norm_, float lr_ratio_, bool train_A_, float weight_decay_, le_ewc *ewc_)
+      : le_step{lr_, lr_ratio_, max_norm_, weight_decay_, train_A_, ewc_} {}
+};
+
+class Ewc;
+
+class Pool {
+ public:
+  Pool(int64_t in, std::vector<int64_t> outs, const std::string &dtype, int64_t capacity,
+       int32_t max_rank, int32_t history, uint64_t seed)
+      : out_(0), slices_(outs.size()) {
+    for (int64_t o : outs) out_ += o;
+    int32_t code = dtype == "float32" ? LE_FLOAT32 : dtype == "bfloat16" ? LE_BFLOAT16 : -1;
+    le_pool_options options{in,       outs.data(), static_cast<int32_t>(outs.size()), code,
+                            capacity, max_rank,    history,                           seed};
+    check(le_pool_create(context(), &options, &pool_));
+  }
+  ~Pool() { le_pool_destroy(pool_); }
+  Pool(const Pool &) = delete;
+  Pool &operator=(const Pool &) = delete;
+
+  le_pool *get() const { return pool_; }
+  int64_t out() const { return out_; }
+
+  std::vector<le_array> slices(const char *op, const char *arg, nb::list arrays) const {
+    if (nb::len(arrays) != slices_) {
+      PyErr_Format(PyExc_ValueError, "%s: %s: expected %zu slices, got %zu", op, arg, slices_,
+                   nb::len(arrays));
+      throw nb::python_error();
+    }
+    std::vector<le_array> views;
+    for (nb::handle a : arrays) views.push_back(as_optional_array(a, op, arg).view);
+    return views;
+  }
+
+  int32_t add(nb::list A, nb::list B, float scaling) {
+    auto a = slices("AdapterPool.add", "A", A), b = slices("AdapterPool.add", "B", B);
+    int32_t slot = -1;
+    check(le_pool_add(pool_, a.data(), b.data(), scaling, &slot));
+    return slot;
+  }
+  void set(int32_t slot, nb::list A, nb::list B, float scaling) {
+    auto a = slices("AdapterPool.set", "A", A), b = slices("AdapterPool.set", "B", B);
+    check(le_pool_set(pool_, slot, a.data(), b.data(), scaling));
+  }
+  float read(int32_t slot, nb::list A, nb::list B) {
+    auto a = slices("AdapterPool.get", "A", A), b = slices("AdapterPool.get", "B", B);
+    float scaling = 0;
+    check(le_pool_get(pool_, slot, a.data(), b.data(), &scaling));
+    return scaling;
+  }
+  void remove(int32_t slot) { check(le_pool_remove(pool_, slot)); }
+  std::vector<int32_t> ranks(int32_t slot) {
+    std::vector<int32_t> r(slices_);
+    check(le_pool_ranks(pool_, slot, r.data()));
+    return r;
+  }
+  uint64_t version(int32_t slot) {
+    uint64_t v = 0;
+    check(le_pool_version(pool_, slot, &v));
+    return v;
+  }
+  void rollback(int32_t slot) { check(le_pool_rollback(pool_, slot)); }
+  nb::tuple info() {
+    le_pool_info i{};
+    check(le_pool_get_info(pool_, &i));
+    return nb::make_tuple(i.live, i.issued, i.bytes);
+  }
+
+  nb::object forward(nb::handle x, nb::handle ids, nb::handle weights, nb::object out,
+                     bool accumulate) {
+    const char *op = "batched_lora_delta";
+    Array xa = as_array(x, op, "x"), ia = as_array(ids, op, "ids");
+    Array wa = as_optional_array(weights, op, "weights");
+    if (out.is_none()) {
+      out = le_py::new_output(x, xa, out_);
+      accumulate = false;
+    }
+    Array ya = as_array(out, op, "out");
+    le_status status;
+    {
+      Work work(xa, out_);
+      status = le_pool_forward(pool_, xa.ptr(), ia.ptr(), wa.ptr(), accumulate, ya.ptr());
+    }
+    check(status);
+    return out;
+  }
+
+  nb::object forward_slot(nb::handle x, int32_t slot, nb::object out, bool accumulate,
+                          bool transposed, int64_t width) {
+    const char *op = "batched_lora_delta";
+    Array xa = as_array(x, op, "x");
+    if (out.is_none()) {
+      out = le_py::new_output(x, xa, width);
+      accumulate = false;
+    }
+    Array ya = as_array(out, op, "out");
+    le_status status;
+    {
+      Work work(xa, width);
+      status = le_pool_forward_slot(pool_, slot, xa.ptr(), transposed, accumulate, ya.ptr());
+    }
+    check(status);
+    return out;
+  }
+
+  nb::object adapt(nb::handle x, nb::handle grad, nb::handle ids, nb::handle weights,
+                   const Step &step) {
+    const char *op = "batched_adapt";
+    Array xa = as_array(x, op, "x"), ga = as_array(grad, op, "grad"), ia = as_array(ids, op, "ids");
+    Array wa = as_optional_array(weights, op, "weights");
+    uint8_t *outcomes = nullptr;
+    nb::object made = le_py::new_uint8(xa.rows(), &outcomes);
+    le_status status;
+    {
+      Work work(xa, out_);
+      status = le_pool_adapt(pool_, xa.ptr(), ga.ptr(), ia.ptr(), wa.ptr(), &step,
+                             outcomes);
+    }
+    check(status);
+    return made;
+  }
+
+  nb::tuple adapt_slot(nb::handle x, nb::handle grad, int32_t slot, const Step &step) {
+    const char *op = "batched_adapt";
+    Array xa = as_array(x, op, "x"), ga = as_array(grad, op, "grad");
+    return outcome_of(xa, [&](uint8_t *outcome, double *norm) {
+      return le_pool_adapt_slot(pool_, slot, xa.ptr(), ga.ptr(), &step, outcome, norm);
+    });
+  }
+
+  int64_t gradient_size(int32_t slot) {
+    int64_t size = 0;
+    check(le_pool_gradient_size(pool_, slot, &size));
+    return size;
+  }
+
+  nb::tuple gradient(nb::handle x, nb::handle grad, int32_t slot, nb::handle h, nb::handle total) {
+    const char *op = "AdapterPool.gradient";
+    Array xa = as_array(x, op, "x"), ga = as_array(grad, op, "grad");
+    Array ha = as_optional_array(h, op, "h"), ta = as_array(total, op, "gradient");
+    return outcome_of(xa, [&](uint8_t *outcome, double *norm) {
+      return le_pool_gradient(pool_, slot, xa.ptr(), ga.ptr(), ha.ptr(), ta.ptr(), outcome, norm);
+    });
+  }
+
+  nb::tuple apply(nb::handle gradient, int32_t slot, float scale, const Step &step) {
+    Array ga = as_array(gradient, "AdapterPool.apply", "gradient");
+    return outcome_of(ga, [&](uint8_t *outcome, double *norm) {
+      return le_pool_apply(pool_, slot, ga.ptr(), scale, &step, outcome, norm);
+    });
+  }
+
+  nb::object shrink(nb::handle x, int32_t slot) {
+    Array xa = as_array(x, "AdapterPool.shrink", "x");
+    int64_t rank = 0;
+    for (int32_t r : ranks(slot)) rank += r;
+    nb::object h = le_py::new_float32(xa.rows(), rank);
+    Array ha = as_array(h, "AdapterPool.shrink", "h");
+    check(le_pool_shrink(pool_, slot, xa.ptr(), ha.ptr()));
+    return h;
+  }
+
+ private:
+  template <class Call>
+  nb::tuple outcome_of(const Array &x, Call &&call) {
+    uint8_t outcome = LE_NO_ADAPTER;
+    double norm = 0;
+    le_status status;
+    {
+      Work work(x, out_);
+      status = call(&outcome, &norm);
+    }
+    check(status);
+    return nb::make_tuple(static_cast<int>(outcome), norm);
+  }
+
+  le_pool *pool_ = nullptr;
+  int64_t out_;
+  size_t slices_;
+};
+
+class Ewc {
+ public:
+  Ewc(Pool &pool, const std::string &form, float ewc_lambda) : pool_(pool) {
+    int32_t code = form == "factor" ? LE_EWC_FACTOR : form == "delta" ? LE_EWC_DELTA : -1;
+    check(le_ewc_create(pool.get(), code, ewc_lambda, &ewc_));
+  }
+  ~Ewc() { le_ewc_destroy(ewc_); }
+  Ewc(const Ewc &) = delete;
+  Ewc &operator=(const Ewc &) = delete;
+
+  le_ewc *get() const { return ewc_; }
+  void set(int32_t slot, nb::list fisher_A, nb::list fisher_B) {
+    auto a = pool_.slices("EWC.set", "fisher_A", fisher_A);
+    auto b = pool_.slices("EWC.set", "fisher_B", fisher_B);
+    check(le_ewc_set(ewc_, slot, a.data(), b.data()));
+  }
+  void remove(int32_t slot) { check(le_ewc_remove(ewc_, slot)); }
+  double penalty() {
+    double p = 0;
+    check(le_ewc_penalty(ewc_, &p));
+    return p;
+  }
+
+ private:
+  Pool &pool_;
+  le_ewc *ewc_ = nullptr;
+};
+
+nb::object lora_delta(nb::handle x, nb::handle A, nb::handle B, float scaling, nb::object out,
+                      bool accumulate) {
+  const char *op = "lora_delta";
+  Array xa = as_array(x, op, "x"), aa = as_array(A, op, "A"), ba = as_array(B, op, "B");
+  int64_t width = ba.view.ndim == 2 ? ba.view.shape[0] : 1;
+  if (out.is_none()) {
+    out = le_py::new_output(x, xa, width);
+    accumulate = false;
+  }
+  Array ya = as_array(out, op, "out");
+  le_status status;
+  {
+    Work work(xa, width);
+    status = le_lora_delta(context(), xa.ptr(), aa.ptr(), ba.ptr(), scaling, accumulate, ya.ptr());
+  }
+  check(status);
+  return out;
+}
+
+void ewc_step(nb::handle theta, nb::handle grad, nb::handle fisher, nb::handle anchor, float lr,
+              float ewc_lambda, uint64_t seed, uint64_t version) {
+  const char *op = "ewc_step";
+  Array t = as_array(theta, op, "theta"), g = as_array(grad, op, "grad");
+  Array f = as_array(fisher, op, "fisher"), a = as_array(anchor, op, "anchor");
+  le_status status;
+  {
+    Work work(t, t.width());
+    status = le_ewc_step(context(), t.ptr(), g.ptr(), f.ptr(), a.ptr(), lr, ewc_lambda, seed, version);
+  }
+  check(status);
+}
+
+}  // namespace
+
+NB_MODULE(_C, m) {
+  le_py::init_arrays();
+  if (le_abi_version() != LE_ABI_VERSION) throw std::runtime_error("lora_engine: ABI mismatch");
+
+  nb::class_<Step>(m, "Step", "How a step is taken: le_step of lora_engine.h.")
+      .def("__init__",
+           [](Step *self, float lr, float max_norm, float lr_ratio, bool train_A,
+              float weight_decay, std::optional<Ewc *> ewc) {
+             new (self) Step(lr, max_norm, lr_ratio, train_A, weight_decay,
+                             ewc && *ewc ? (*ewc)->get() : nullptr);
+           },
+           "lr"_a, "max_norm"_a = 0.0f, "lr_ratio"_a = 1.0f, "train_A"_a = true,
+           "weight_decay"_a = 0.0f, "ewc"_a = nb::none(), nb::keep_alive<1, 7>());
+
+  nb::class_<Pool>(m, "Pool", "Storage of many adapters: le_pool of lora_engine.h.")
+      .def(nb::init<int64_t, std::vector<int64_t>, const std::string &, int64_t, int32_t, int32_t,
+                    uint64_t>(),
+           "in_features"_a, "out_features"_a, "dtype"_a, "capacity"_a, "max_rank"_a, "history"_a,
+           "seed"_a)
+      .def("add", &Pool::add, "A"_a, "B"_a, "scaling"_a)
+      .def("set", &Pool::set, "slot"_a, "A"_a, "B"_a, "scaling"_a)
+      .def("read", &Pool::read, "slot"_a, "A"_a, "B"_a)
+      .def("remove", &Pool::remove, "slot"_a)
+      .def("ranks", &Pool::ranks, "slot"_a)
+      .def("version", &Pool::version, "slot"_a)
+      .def("rollback", &Pool::rollback, "slot"_a)
+      .def("info", &Pool::info)
+      .def("forward", &Pool::forward, "x"_a, "ids"_a, "weights"_a.none(), "out"_a.none(),
+           "accumulate"_a)
+      .def("forward_slot", &Pool::forward_slot, "x"_a, "slot"_a, "out"_a.none(), "accumulate"_a,
+           "transposed"_a, "width"_a)
+      .def("adapt", &Pool::adapt, "x"_a, "grad"_a, "ids"_a, "weights"_a.none(), "step"_a)
+      .def("adapt_slot", &Pool::adapt_slot, "x"_a, "grad"_a, "slot"_a, "step"_a)
+      .def("gradient_size", &Pool::gradient_size, "slot"_a)
+      .def("gradient", &Pool::gradient, "x"_a, "grad"_a, "slot"_a, "h"_a.none(), "gradient"_a)
+      .def("apply", &Pool::apply, "gradient"_a, "slot"_a, "scale"_a, "step"_a)
+      .def("shrink", &Pool::shrink, "x"_a, "slot"_a);
+
+  nb::class_<Ewc>(m, "Ewc", "Fisher information and anchors: le_ewc of lora_engine.h.")
+      .def(nb::init<Pool &, const std::string &, float>(), "pool"_a, "form"_a, "ewc_lambda"_a,
+           nb::keep_alive<1, 2>())
+      .def("set", &Ewc::set, "slot"_a, "fisher_A"_a, "fisher_B"_a)
+      .def("remove", &Ewc::remove, "slot"_a)
+      .def("penalty", &Ewc::penalty);
+
+  m.def("lora_delta", &lora_delta, "x"_a, "A"_a, "B"_a, "scaling"_a, "out"_a.none(),
+        "accumulate"_a);
+  m.def("ewc_step", &ewc_step, "theta"_a, "grad"_a, "fisher"_a, "anchor"_a, "lr"_a, "ewc_lambda"_a,
+        "seed"_a, "version"_a);
+  m.def("isa", []() -> std::optional<std::string> {
+    const char *name = le_isa();
+    return name ? std::optional<std::string>(name) : std::nullopt;
+  });
+  m.def("isas_built", [] {
+    nb::dict built;
+    int32_t supported = 0;
+    for (int32_t i = 0; const char *name = le_isa_built(i, &supported); ++i)
+      built[name] = supported != 0;
+    return built;
+  }, nb::sig("def isas_built() -> dict[str, bool]"));
+  m.def("last_error", [] { return std::string(le_last_error(context())); });
+  m.def("set_num_threads", [](int32_t n) { check(le_set_num_threads(context(), n)); },
+        "num_threads"_a);
+  m.def("get_num_threads", [] { return le_get_num_threads(context()); });
+  m.def("abi_version", &le_abi_version);
+}

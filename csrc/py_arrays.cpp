@@ -1,0 +1,249 @@
+#include "py_arrays.h"
+
+#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
+#define NPY_TARGET_VERSION NPY_1_23_API_VERSION
+#include <numpy/arrayobject.h>
+
+#include <cstring>
+#include <string>
+
+namespace le_py {
+namespace {
+
+// The parts of DLPack (dlpack.h, version 1.3) that torch's exchange uses.
+struct DLTensor {
+  void *data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct DLExchange {
+  uint32_t major, minor;
+  DLExchange *previous;
+  void *allocator, *managed_from_object, *managed_to_object;
+  int (*tensor_from_object)(void *object, DLTensor *out);
+  void *current_stream;
+};
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
+
+[[noreturn]] void raise(PyObject *type, const std::string &text) {
+  PyErr_SetString(type, text.c_str());
+  throw nb::python_error();
+}
+
+std::string where(const char *op, const char *arg) {
+  return std::string(op) + ": " + arg + ": expected ";
+}
+
+std::string text_of(nb::handle h) { return nb::str(h).c_str(); }
+
+[[noreturn]] void raise_dtype(const char *op, const char *arg, nb::handle dtype) {
+  raise(PyExc_TypeError, where(op, arg) + "float32, bfloat16 or int32, got " + text_of(dtype));
+}
+
+void check_ndim(const char *op, const char *arg, int ndim) {
+  if (ndim > LE_MAX_DIMS)
+    raise(PyExc_ValueError, where(op, arg) + "at most " + std::to_string(LE_MAX_DIMS) +
+                                " dimensions, got " + std::to_string(ndim));
+}
+
+// An empty array may have no memory; the core takes a null pointer for "none".
+void *not_null(void *p) {
+  static char nothing[64];
+  return p ? p : nothing;
+}
+
+Array from_numpy(PyArrayObject *a, const char *op, const char *arg) {
+  Array out;
+  le_array &v = out.view;
+  int ndim = PyArray_NDIM(a);
+  check_ndim(op, arg, ndim);
+  switch (PyArray_TYPE(a)) {
+    case NPY_FLOAT32: v.dtype = LE_FLOAT32; break;
+    case NPY_INT32: v.dtype = LE_INT32; break;
+    default: raise_dtype(op, arg, nb::handle(reinterpret_cast<PyObject *>(PyArray_DESCR(a))));
+  }
+  int64_t size = 4;
+  bool usable = PyArray_ISALIGNED(a) && PyArray_ISNOTSWAPPED(a);
+  for (int i = 0; i < ndim; ++i) {
+    v.shape[i] = PyArray_DIM(a, i);
+    int64_t bytes = PyArray_STRIDE(a, i);
+    usable = usable && bytes % size == 0;
+    v.strides[i] = bytes / size;
+  }
+  if (!usable) raise(PyExc_ValueError, where(op, arg) + "an aligned array of native byte order");
+  v.ndim = ndim;
+  v.data = not_null(PyArray_DATA(a));
+  v.flags = PyArray_ISWRITEABLE(a) ? 0u : LE_ARRAY_READONLY;
+  return out;
+}
+
+// Looked up when the first tensor comes: torch is then imported.
+struct Torch {
+  PyTypeObject *tensor = nullptr;  // torch.Tensor
+  PyObject *is_grad_enabled = nullptr, *get_num_threads = nullptr;
+  PyObject *requires_grad = nullptr, *new_empty = nullptr;  // attribute names
+  DLExchange *exchange = nullptr;
+};
+Torch &torch() {
+  static Torch t;
+  return t;
+}
+
+bool find_torch() {
+  Torch &t = torch();
+  if (t.tensor) return true;
+  nb::object modules = nb::module_::import_("sys").attr("modules");
+  if (!nb::cast<bool>(modules.attr("__contains__")("torch"))) return false;
+  nb::object module = modules["torch"];
+  if (!nb::hasattr(module, "Tensor") || !nb::hasattr(module, "get_num_threads")) return false;
+  nb::object type = module.attr("Tensor");
+  if (nb::hasattr(type, "__dlpack_c_exchange_api__")) {
+    nb::object capsule = type.attr("__dlpack_c_exchange_api__");
+    void *p = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+    if (!p) PyErr_Clear();
+    auto *exchange = static_cast<DLExchange *>(p);
+    if (exchange && exchange->major == 1) t.exchange = exchange;
+  }
+  t.is_grad_enabled = nb::object(module.attr("is_grad_enabled")).release().ptr();
+  t.get_num_threads = nb::object(module.attr("get_num_threads")).release().ptr();
+  t.requires_grad = PyUnicode_InternFromString("requires_grad");
+  t.new_empty = PyUnicode_InternFromString("new_empty");
+  t.tensor = reinterpret_cast<PyTypeObject *>(type.release().ptr());
+  return true;
+}
+
+bool is_tensor(nb::handle object) {
+  PyTypeObject *type = Py_TYPE(object.ptr());
+  if (torch().tensor || find_torch())
+    return type == torch().tensor || PyType_IsSubtype(type, torch().tensor);
+  return false;
+}
+
+void refuse_autograd(nb::handle object, const char *op, const char *arg) {
+  nb::object needs = nb::steal(PyObject_GetAttr(object.ptr(), torch().requires_grad));
+  if (!needs.is_valid()) throw nb::python_error();
+  if (needs.ptr() != Py_True) return;
+  nb::object on = nb::steal(PyObject_CallNoArgs(torch().is_grad_enabled));
+  if (!on.is_valid()) throw nb::python_error();
+  if (on.ptr() == Py_True)
+    raise(PyExc_ValueError, where(op, arg) + "a tensor outside autograd, got one that requires grad: "
+                                             "wrap the call in torch.no_grad() or pass tensor.detach()");
+}
+
+void set_dtype(le_array &v, uint8_t code, uint8_t bits, nb::handle object, const char *op,
+               const char *arg) {
+  if (code == kFloat && bits == 32)
+    v.dtype = LE_FLOAT32;
+  else if (code == kBfloat && bits == 16)
+    v.dtype = LE_BFLOAT16;
+  else if (code == kInt && bits == 32)
+    v.dtype = LE_INT32;
+  else
+    raise_dtype(op, arg, object.attr("dtype"));
+}
+
+[[noreturn]] void raise_device(nb::handle object, const char *op, const char *arg) {
+  raise(PyExc_ValueError, where(op, arg) + "a tensor on the cpu, got one on " +
+                              text_of(object.attr("device")));
+}
+
+// For a torch without the exchange functions.
+Array from_attributes(nb::handle object, const char *op, const char *arg) {
+  Array out;
+  le_array &v = out.view;
+  if (text_of(object.attr("device").attr("type")) != "cpu")
+    raise_device(object, op, arg);
+  std::string dtype = text_of(object.attr("dtype"));
+  uint8_t code = dtype == "torch.float32" ? kFloat : dtype == "torch.bfloat16" ? kBfloat : kInt;
+  uint8_t bits = dtype == "torch.bfloat16" ? 16 : code == kFloat || dtype == "torch.int32" ? 32 : 0;
+  set_dtype(v, code, bits, object, op, arg);
+  nb::object shape = object.attr("shape"), strides = object.attr("stride")();
+  v.ndim = static_cast<int32_t>(nb::len(shape));
+  check_ndim(op, arg, v.ndim);
+  for (int i = 0; i < v.ndim; ++i) {
+    v.shape[i] = nb::cast<int64_t>(shape[i]);
+    v.strides[i] = nb::cast<int64_t>(strides[i]);
+  }
+  v.data = not_null(reinterpret_cast<void *>(nb::cast<uintptr_t>(object.attr("data_ptr")())));
+  return out;
+}
+
+Array from_exchange(nb::handle object, const char *op, const char *arg) {
+  DLTensor t{};
+  if (torch().exchange->tensor_from_object(object.ptr(), &t) != 0) throw nb::python_error();
+  if (t.device_type != kCpu) raise_device(object, op, arg);
+  Array out;
+  le_array &v = out.view;
+  check_ndim(op, arg, t.ndim);
+  set_dtype(v, t.code, t.lanes == 1 ? t.bits : 0, object, op, arg);
+  v.ndim = t.ndim;
+  for (int i = 0; i < t.ndim; ++i) {
+    v.shape[i] = t.shape[i];
+    v.strides[i] = t.strides[i];
+  }
+  v.data = not_null(static_cast<char *>(t.data) + t.byte_offset);
+  return out;
+}
+
+}  // namespace
+
+void init_arrays() {
+  if (_import_array() < 0) throw nb::python_error();
+}
+
+Array as_array(nb::handle object, const char *op, const char *arg) {
+  if (PyArray_Check(object.ptr()))
+    return from_numpy(reinterpret_cast<PyArrayObject *>(object.ptr()), op, arg);
+  if (!is_tensor(object))
+    raise(PyExc_TypeError, where(op, arg) + "a NumPy array or a torch tensor, got " +
+                               text_of(nb::handle(reinterpret_cast<PyObject *>(Py_TYPE(object.ptr())))
+                                           .attr("__name__")));
+  refuse_autograd(object, op, arg);
+  Array out = torch().exchange ? from_exchange(object, op, arg) : from_attributes(object, op, arg);
+  out.torch = true;
+  return out;
+}
+
+Array as_optional_array(nb::handle object, const char *op, const char *arg) {
+  return object.is_none() ? Array{} : as_array(object, op, arg);
+}
+
+nb::object new_output(nb::handle like, const Array &like_view, int64_t width) {
+  bool vector = like_view.view.ndim == 1;
+  if (like_view.torch) {
+    nb::object shape = vector ? nb::make_tuple(width) : nb::make_tuple(like_view.rows(), width);
+    nb::object made =
+        nb::steal(PyObject_CallMethodOneArg(like.ptr(), torch().new_empty, shape.ptr()));
+    if (!made.is_valid()) throw nb::python_error();
+    return made;
+  }
+  npy_intp dims[2] = {like_view.rows(), width};
+  return nb::steal(vector ? PyArray_SimpleNew(1, dims + 1, NPY_FLOAT32)
+                          : PyArray_SimpleNew(2, dims, NPY_FLOAT32));
+}
+
+nb::object new_float32(int64_t n, int64_t width) {
+  npy_intp dims[2] = {n, width};
+  return nb::steal(PyArray_SimpleNew(2, dims, NPY_FLOAT32));
+}
+
+nb::object new_uint8(int64_t n, uint8_t **data) {
+  npy_intp dim = n;
+  nb::object made = nb::steal(PyArray_SimpleNew(1, &dim, NPY_UINT8));
+  if (!made.is_valid()) throw nb::python_error();
+  *data = static_cast<uint8_t *>(PyArray_DATA(reinterpret_cast<PyArrayObject *>(made.ptr())));
+  return made;
+}
+
+int torch_num_threads() {
+  nb::object n = nb::steal(PyObject_CallNoArgs(torch().get_num_threads));
+  if (!n.is_valid()) throw nb::python_error();
+  return nb::cast<int>(n);
+}
+
+}  // namespace le_py

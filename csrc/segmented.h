@@ -1,0 +1,49 @@
+// A table that grows without moving what is in it, so that readers need no lock.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace le {
+
+// Segment k holds 64 << k entries. grow_to is called by one thread at a time.
+template <class T>
+class Segmented {
+ public:
+  Segmented() = default;
+  Segmented(const Segmented &) = delete;
+  Segmented &operator=(const Segmented &) = delete;
+  ~Segmented() {
+    for (auto &s : segments_) delete[] s.load();
+  }
+
+  // i must lie below what grow_to was called with.
+  T &operator[](int64_t i) const {
+    int k = segment_of(i);
+    return segments_[k].load(std::memory_order_acquire)[i - start_of(k)];
+  }
+
+  // Bytes that were allocated for it.
+  int64_t grow_to(int64_t count) {
+    int64_t bytes = 0;
+    for (int k = 0; k < kSegments && start_of(k) < count; ++k) {
+      if (segments_[k].load(std::memory_order_relaxed)) continue;
+      segments_[k].store(new T[static_cast<size_t>(kFirst << k)](), std::memory_order_release);
+      bytes += (kFirst << k) * static_cast<int64_t>(sizeof(T));
+    }
+    return bytes;
+  }
+
+  static constexpr int64_t max_entries() { return start_of(kSegments); }
+
+ private:
+  static constexpr int kSegments = 25;
+  static constexpr int64_t kFirst = 64;
+
+  static constexpr int64_t start_of(int k) { return (kFirst << k) - kFirst; }
+  static int segment_of(int64_t i) { return 63 - __builtin_clzll(static_cast<uint64_t>(i / kFirst + 1)); }
+
+  std::atomic<T *> segments_[kSegments] = {};
+};
+
+}  // namespace le

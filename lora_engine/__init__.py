@@ -1,0 +1,43 @@
+"""lora_engine: LoRA adapters applied per row and learned online.
+
+The engine needs NumPy and safetensors; torch is taken where it is there.
+"""
+
+from __future__ import annotations
+
+from lora_engine.adapters.config import MicroLoRAConfig
+from lora_engine.adapters.micro_lora import AdaptResult, MicroLoRA
+from lora_engine.adapters.pool import AdapterPool
+from lora_engine.backends import backends
+from lora_engine.errors import FormatError
+from lora_engine.learning.ewc import EWC
+from lora_engine.learning.feedback import Feedback
+from lora_engine.ops import (
+    BatchedAdaptResult,
+    batched_adapt,
+    batched_lora_delta,
+    ewc_step,
+    get_num_threads,
+    lora_delta,
+    set_num_threads,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EWC",
+    "AdaptResult",
+    "AdapterPool",
+    "BatchedAdaptResult",
+    "Feedback",
+    "FormatError",
+    "MicroLoRA",
+    "MicroLoRAConfig",
+    "backends",
+    "batched_adapt",
+    "batched_lora_delta",
+    "ewc_step",
+    "get_num_threads",
+    "lora_delta",
+    "set_num_threads",
+]

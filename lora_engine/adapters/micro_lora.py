@@ -1,0 +1,243 @@
+"""MicroLoRA: one adapter over several modules that learns while it serves."""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lora_engine import ops
+from lora_engine.adapters import peft_format
+from lora_engine.adapters.config import MicroLoRAConfig
+from lora_engine.adapters.pool import AdapterPool
+
+if TYPE_CHECKING:
+    from lora_engine.learning.feedback import Feedback
+
+
+class AdaptResult(NamedTuple):
+    """What an adapt did. grad_norm: of gA and gB together (mean over the rows)."""
+
+    applied: bool
+    note: str
+    latency_us: float
+    grad_norm: float
+
+
+class _Module:
+    """One target module: its slot, and the gradients that wait for apply_updates."""
+
+    def __init__(self, name: str, pool: AdapterPool, slot: int) -> None:
+        self.storage = pool._storage
+        self.pool, self.slot = pool, slot
+        self.out = pool.out_features
+        self.dropout_key = zlib.crc32(name.encode())
+        self.steps = 0  # adapts so far
+        self.gradient: np.ndarray | None = None
+        self.samples = 0
+
+    def pending(self) -> np.ndarray:
+        if self.gradient is None:
+            self.gradient = np.zeros(self.storage.gradient_size(self.slot), np.float32)
+        return self.gradient
+
+    def clear(self) -> None:
+        if self.gradient is not None:
+            self.gradient.fill(0.0)
+        self.samples = 0
+
+
+class MicroLoRA:
+    """An adapter for each target module of the config.
+
+    A starts Kaiming-uniform (a = sqrt 5, as PEFT's), B at zero: a fresh adapter
+    changes nothing. ``forward`` and ``adapt`` take NumPy arrays or CPU torch
+    tensors, x [in] or [n, in].
+    """
+
+    def __init__(self, config: MicroLoRAConfig) -> None:
+        self.config = config
+        self._modules: dict[str, _Module] = {}
+        self._step: tuple[float, Any] = (0.0, None)
+        rng = np.random.default_rng(config.seed)
+        pools: dict[tuple[int, int], AdapterPool] = {}
+        for name in config.target_modules:
+            shape = config.shape(name)
+            pool = pools.setdefault(shape, AdapterPool(*shape, seed=config.seed))
+            bound = 1.0 / math.sqrt(shape[0])
+            A = rng.uniform(-bound, bound, (config.rank, shape[0])).astype(np.float32)
+            slot = pool.add(A, np.zeros((shape[1], config.rank), np.float32), config.scaling)
+            self._modules[name] = _Module(name, pool, slot)
+
+    def __repr__(self) -> str:
+        c = self.config
+        return f"MicroLoRA(rank={c.rank}, scaling={c.scaling:g}, modules={list(c.target_modules)})"
+
+    def _module(self, name: str) -> _Module:
+        try:
+            return self._modules[name]
+        except KeyError:
+            known = ", ".join(self._modules)
+            raise ValueError(f"MicroLoRA: module: expected one of {known}, got {name!r}") from None
+
+    # ---- serving ------------------------------------------------------------
+
+    def forward(self, x: Any, module: str, out: Any = None) -> Any:
+        """The delta of a module, scaling B (A x): [out] or [n, out], in ``out`` if given.
+
+        A torch x that requires grad is differentiated through, and the backward
+        pass adds the adapter's gradient to what ``apply_updates`` applies.
+        """
+        m = self._modules.get(module) or self._module(module)
+        if type(x) is not np.ndarray and getattr(x, "requires_grad", False):
+            return self._forward_autograd(x, m, out)
+        return m.storage.forward_slot(x, m.slot, out, False, False, m.out)
+
+    def forward_add(self, x: Any, module: str, y: Any) -> Any:
+        """y += delta, in place; returns y."""
+        m = self._modules.get(module) or self._module(module)
+        return m.storage.forward_slot(x, m.slot, y, True, False, m.out)
+
+    def _forward_autograd(self, x: Any, m: _Module, out: Any) -> Any:
+        import torch
+
+        if not torch.is_grad_enabled():
+            return m.storage.forward_slot(x.detach(), m.slot, out, False, False, m.out)
+        if out is not None:
+            raise ValueError("MicroLoRA.forward: out: expected None for an x that requires grad")
+        from lora_engine.torch_ops import micro_lora_delta
+
+        return micro_lora_delta(x, m, self.config.gradient_checkpointing)
+
+    # ---- learning -----------------------------------------------------------
+
+    def adapt(
+        self, x: Any, feedback: Feedback, module: str, lr: float | None = None
+    ) -> AdaptResult:
+        """Learns from feedback on the output of ``forward(x, module)``.
+
+        With lr, one step at once (several rows: of their mean gradient); without,
+        the gradient is kept for ``apply_updates``. Where the gradient holds NaN
+        or Inf nothing changes and the result says so.
+        """
+        start = perf_counter()
+        m = self._modules.get(module) or self._module(module)
+        grad = feedback.output_gradient(self, x, module)
+        if self.config.dropout:
+            x = self._dropped(x, m)
+        if lr is None:
+            rows = x.shape[0] if x.ndim == 2 else 1
+            outcome, norm = m.storage.gradient(x, grad, m.slot, None, m.pending())
+            if outcome == ops.APPLIED:
+                m.samples += rows
+                norm /= rows
+        else:
+            outcome, norm = m.storage.adapt_slot(x, grad, m.slot, self._step_of(lr))
+        if outcome == ops.APPLIED:
+            m.steps += 1
+        latency = (perf_counter() - start) * 1e6
+        return AdaptResult(outcome == ops.APPLIED, ops.NOTES[outcome], latency, norm)
+
+    def _step_of(self, lr: float) -> Any:
+        if self._step[0] != lr or self._step[1] is None:
+            self._step = (lr, ops.make_step(lr))
+        return self._step[1]
+
+    def _dropped(self, x: Any, m: _Module) -> Any:
+        """x with a mask that is a function of (seed, module, step), scaled by 1/(1-p)."""
+        keep = 1.0 - self.config.dropout
+        key = [self.config.seed & 0xFFFFFFFFFFFFFFFF, (m.dropout_key << 32) ^ m.steps]
+        drawn = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
+        mask = (drawn.random(tuple(x.shape), dtype=np.float32) < keep) * np.float32(1.0 / keep)
+        if isinstance(x, np.ndarray):
+            return x * mask
+        import torch
+
+        return x * torch.from_numpy(mask).to(x.dtype)
+
+    def apply_updates(self, lr: float) -> AdaptResult:
+        """One step with the mean of what was accumulated in every module, then cleared."""
+        start = perf_counter()
+        step = self._step_of(lr)
+        applied, notes, norms = False, [], 0.0
+        for name, m in self._modules.items():
+            if not m.samples:
+                continue
+            outcome, norm = m.storage.apply(m.pending(), m.slot, 1.0 / m.samples, step)
+            applied = applied or outcome == ops.APPLIED
+            norms += norm * norm
+            if ops.NOTES[outcome]:
+                notes.append(f"{name}: {ops.NOTES[outcome]}")
+            m.clear()
+        if not applied and not notes:
+            notes.append("nothing was accumulated")
+        latency = (perf_counter() - start) * 1e6
+        return AdaptResult(applied, "; ".join(notes), latency, math.sqrt(norms))
+
+    # ---- weights ------------------------------------------------------------
+
+    def weights(self, module: str) -> tuple[np.ndarray, np.ndarray, float]:
+        """Copies of (A [r, in], B [out, r], scaling) of a module."""
+        m = self._module(module)
+        return m.pool.get(m.slot)
+
+    def set_weights(self, module: str, A: Any, B: Any) -> None:
+        """Replaces a module's A and B (of the config's shape and rank)."""
+        m = self._module(module)
+        want = ((self.config.rank, m.pool.in_features), (m.out, self.config.rank))
+        for name, got, shape in (("A", A, want[0]), ("B", B, want[1])):
+            if tuple(got.shape) != shape:
+                raise ValueError(
+                    f"MicroLoRA.set_weights: {name}: expected shape {shape}, got {tuple(got.shape)}"
+                )
+        m.pool.set(m.slot, A, B, self.config.scaling)
+        m.clear()
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return peft_format.to_tensors({name: self.weights(name)[:2] for name in self._modules})
+
+    def _set_tensors(self, tensors: dict[str, np.ndarray], source: str) -> None:
+        factors = peft_format.from_tensors(tensors, source)
+        peft_format.check_modules(factors, self.config, source)
+        for name, (A, B) in factors.items():
+            self.set_weights(name, A, B)
+
+    def export_weights(self) -> bytes:
+        """The weights as safetensors bytes, under PEFT's key names."""
+        return peft_format.to_bytes(self._tensors())
+
+    def import_weights(self, data: bytes) -> None:
+        """Weights as ``export_weights`` gives them; what waits for apply_updates is dropped.
+
+        Raises FormatError, changing nothing, where the bytes are damaged or hold
+        other modules or shapes than the config.
+        """
+        self._set_tensors(peft_format.from_bytes(data, "import_weights"), "import_weights")
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """A PEFT adapter folder, and beside it the engine's own state (step counts).
+
+        Each file is replaced atomically; PEFT ignores the state file.
+        """
+        state = {name: np.array([m.steps], np.int64) for name, m in self._modules.items()}
+        peft_format.save(folder, self.config, self._tensors(), state)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> MicroLoRA:
+        """Loads a folder that ``save`` or PEFT wrote, if its modules share one rank.
+
+        Raises FormatError naming file and key for anything damaged, and
+        FileNotFoundError. A state file that belongs to other weights is dropped
+        with a warning.
+        """
+        config, tensors, state = peft_format.load(folder)
+        lora = cls(config)
+        lora._set_tensors(tensors, os.fspath(folder))
+        for name, steps in state.items():
+            if name in lora._modules:
+                lora._modules[name].steps = int(steps[0])
+        return lora

@@ -1,0 +1,145 @@
+"""AdapterPool: the weights of many adapters, served and taught in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_engine import backends, ops
+
+if TYPE_CHECKING:
+    from lora_engine.learning.ewc import EWC
+
+
+class AdapterPool:
+    """Slots for adapters of one shape, each of a rank of its own.
+
+    in_features: length of x. out_features: length of y, or a tuple for several
+    slices whose outputs are concatenated (q, k, v in one call). dtype: how the
+    weights are stored, "float32" or "bfloat16" (rounded to nearest when added,
+    stochastically when adapted, keyed (seed, slot, version, element)).
+    capacity, max_rank: limits, default none. history=1 keeps the weights before
+    the last change, for ``rollback``, at twice the memory.
+
+    Safe to use from several threads: a forward sees an adapter as it was before
+    or after an adapt, never in between.
+
+    Raises ValueError (shape, range), TypeError (dtype).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | Sequence[int],
+        dtype: str = "float32",
+        device: str = "cpu",
+        capacity: int | None = None,
+        max_rank: int | None = None,
+        history: int = 0,
+        seed: int = 0,
+    ) -> None:
+        if device != "cpu":
+            raise ValueError(f"AdapterPool: device: expected cpu, got {device}")
+        if history not in (0, 1):
+            raise ValueError(f"AdapterPool: history: expected 0 or 1, got {history}")
+        for name, limit in (("capacity", capacity), ("max_rank", max_rank)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"AdapterPool: {name}: expected at least 1 or None, got {limit}")
+        if seed < 0:
+            raise ValueError(f"AdapterPool: seed: expected 0 or more, got {seed}")
+        self._sliced = not isinstance(out_features, (int, np.integer))
+        self.in_features = int(in_features)
+        slices = out_features if isinstance(out_features, Sequence) else (out_features,)
+        self.slices: tuple[int, ...] = tuple(int(out) for out in slices)
+        self.out_features = sum(self.slices)
+        self.dtype = str(dtype)
+        self._storage = backends.chosen().Pool(
+            self.in_features, list(self.slices), self.dtype, capacity or 0, max_rank or 0, history, seed
+        )
+
+    def __len__(self) -> int:
+        """Adapters in the pool."""
+        return int(self._storage.info()[0])
+
+    def __repr__(self) -> str:
+        shape = f"{self.in_features}, {self.slices if self._sliced else self.out_features}"
+        return f"AdapterPool({shape}, dtype={self.dtype!r}): {len(self)} adapters, {self.nbytes} bytes"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the pool has allocated, bookkeeping included."""
+        return int(self._storage.info()[2])
+
+    def _slices_of(self, matrix: Any) -> list[Any]:
+        return list(matrix) if self._sliced else [matrix]
+
+    def add(self, A: Any, B: Any, scaling: float) -> int:
+        """Copies an adapter in and returns its slot; freed slots are reissued oldest first.
+
+        A [r, in], B [out, r], scaling = alpha / r; of a pool of several slices,
+        lists of A and of B, None for a missing slice. Raises ValueError where a
+        shape does not fit or the pool is at its capacity.
+        """
+        return int(self._storage.add(self._slices_of(A), self._slices_of(B), scaling))
+
+    def set(self, slot: int, A: Any, B: Any, scaling: float) -> None:
+        """Replaces a slot's adapter, of any rank, in one step for those who read it."""
+        self._storage.set(slot, self._slices_of(A), self._slices_of(B), scaling)
+
+    def get(self, slot: int) -> tuple[Any, Any, float]:
+        """Copies of (A, B, scaling), as NumPy float32; lists of A and B with several slices."""
+        ranks = self.ranks(slot)
+        A = [np.empty((r, self.in_features), np.float32) if r else None for r in ranks]
+        B = [
+            np.empty((out, r), np.float32) if r else None
+            for r, out in zip(ranks, self.slices, strict=True)
+        ]
+        if not self._sliced and A[0] is None:
+            A[0], B[0] = np.empty((0, self.in_features), "f4"), np.empty((self.out_features, 0), "f4")
+        scaling = float(self._storage.read(slot, A, B))
+        return (A, B, scaling) if self._sliced else (A[0], B[0], scaling)
+
+    def remove(self, slot: int) -> None:
+        """Zeroes the slot's memory and frees it. Raises IndexError if it is not in use."""
+        self._storage.remove(slot)
+
+    def ranks(self, slot: int) -> tuple[int, ...]:
+        """The rank of each slice, 0 for a missing one."""
+        return tuple(self._storage.ranks(slot))
+
+    def version(self, slot: int) -> int:
+        """A number that grows with every change to the slot."""
+        return int(self._storage.version(slot))
+
+    def rollback(self, slot: int) -> None:
+        """Brings back the weights before the last change, once (needs history=1)."""
+        self._storage.rollback(slot)
+
+    def forward(
+        self, x: Any, ids: Any, weights: Any = None, out: Any = None, accumulate: bool = True
+    ) -> Any:
+        """``batched_lora_delta`` with this pool."""
+        return self._storage.forward(x, ids, weights, out, accumulate)
+
+    def adapt(
+        self,
+        x: Any,
+        grad: Any,
+        ids: Any,
+        lr: float,
+        *,
+        weights: Any = None,
+        max_norm: float | None = None,
+        lr_ratio: float = 1.0,
+        train_A: bool = True,
+        weight_decay: float = 0.0,
+        ewc: EWC | None = None,
+    ) -> ops.BatchedAdaptResult:
+        """``batched_adapt`` with this pool."""
+        return ops.batched_adapt(
+            x, grad, self, ids, lr,
+            weights=weights, max_norm=max_norm, lr_ratio=lr_ratio, train_A=train_A,
+            weight_decay=weight_decay, ewc=ewc,
+        )  # fmt: skip

@@ -1,0 +1,77 @@
+"""The registry of backends: what computes the ops.
+
+A backend is a module with the functions ``lora_delta`` and ``ewc_step`` and the
+class ``Pool``, all with the signatures of ``lora_engine._C``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+
+class Backend(NamedTuple):
+    """One entry: its name, where it lives, what it is, and why it cannot be had (None: it can)."""
+
+    name: str
+    module: str
+    about: str
+    missing: Callable[[], str | None]
+
+
+def _cpu_missing() -> str | None:
+    from lora_engine import _C
+
+    return None if _C.isa() else _C.last_error()
+
+
+def _cpu_about() -> str:
+    from lora_engine import _C
+
+    built = ", ".join(
+        name if supported else f"{name} (not on this CPU)"
+        for name, supported in _C.isas_built().items()
+    )
+    return f"C++, {_C.get_num_threads()} threads; using {_C.isa()} of {built}"
+
+
+_REGISTRY = (
+    Backend("cpu", "lora_engine._C", "C++", _cpu_missing),
+    Backend("reference", "lora_engine.backends.reference", "float64 NumPy, slow", lambda: None),
+)
+
+
+def find(name: str) -> Any:
+    """The backend's module; raises RuntimeError where it cannot be had."""
+    for entry in _REGISTRY:
+        if entry.name == name:
+            why = entry.missing()
+            if why:
+                raise RuntimeError(f"backend {name}: {why}")
+            return importlib.import_module(entry.module)
+    known = ", ".join(entry.name for entry in _REGISTRY)
+    raise RuntimeError(f"LORA_ENGINE_BACKEND={name}: expected one of {known}")
+
+
+@cache
+def chosen() -> Any:
+    """What LORA_ENGINE_BACKEND names, or the C++ backend."""
+    return find(os.environ.get("LORA_ENGINE_BACKEND") or "cpu")
+
+
+def backends() -> dict[str, str]:
+    """What is there and, for what is not, why not: ``{name: text}``.
+
+    The text of a backend that can be had says which instruction set runs;
+    else it begins with "unavailable:".
+    """
+    report = {}
+    for entry in _REGISTRY:
+        why = entry.missing()
+        about = _cpu_about() if entry.name == "cpu" and not why else entry.about
+        report[entry.name] = f"unavailable: {why}" if why else about
+    report["triton"] = "unavailable: not part of this version"
+    return report

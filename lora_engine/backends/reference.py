@@ -1,0 +1,315 @@
+"""The ops of ``lora_engine._C`` on top of reference.py, for LORA_ENGINE_BACKEND=reference."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_engine import reference
+
+
+class Step(NamedTuple):
+    """As ``_C.Step``."""
+
+    lr: float
+    max_norm: float = 0.0
+    lr_ratio: float = 1.0
+    train_A: bool = True
+    weight_decay: float = 0.0
+    ewc: Ewc | None = None
+
+
+def _read(array: Any) -> np.ndarray:
+    """float64 of a NumPy array or torch tensor (bfloat16 included)."""
+    if hasattr(array, "detach"):
+        array = array.detach().double().numpy()
+    return np.asarray(array, dtype=np.float64)
+
+
+def _rows(array: Any) -> np.ndarray:
+    values = _read(array)
+    return values[None] if values.ndim == 1 else values
+
+
+def _write(out: Any, values: np.ndarray) -> None:
+    if hasattr(out, "detach"):
+        import torch
+
+        out.copy_(torch.from_numpy(np.ascontiguousarray(values)).reshape(out.shape))
+    else:
+        out[...] = values.reshape(out.shape)
+
+
+def _result(x: Any, out: Any, delta: np.ndarray, accumulate: bool) -> Any:
+    if out is None:
+        shape = (delta.shape[1],) if x.ndim == 1 else delta.shape
+        out = x.new_empty(shape) if hasattr(x, "detach") else np.empty(shape, dtype=x.dtype)
+        accumulate = False
+    if accumulate:
+        delta = delta + _rows(out)
+    _write(out, delta)
+    return out
+
+
+def lora_delta(x: Any, A: Any, B: Any, scaling: float, out: Any, accumulate: bool) -> Any:
+    delta = reference.lora_delta(_rows(x), _read(A), _read(B), scaling)
+    return _result(x, out, delta, accumulate)
+
+
+def ewc_step(
+    theta: Any, grad: Any, fisher: Any, anchor: Any, lr: float, ewc_lambda: float, seed: int, version: int
+) -> None:
+    values = reference.ewc_step(
+        _read(theta), _read(grad), _read(fisher), _read(anchor), lr, ewc_lambda
+    )
+    if str(theta.dtype) == "torch.bfloat16":
+        key = reference.rounding_key(seed, 0, version)
+        elements = np.arange(values.size).reshape(values.shape)
+        values = reference.round_bfloat16_stochastic(values, key, elements).astype(np.float64)
+    _write(theta, values)
+
+
+class _Slot(NamedTuple):
+    adapter: reference.Adapter
+    version: int
+    previous: reference.Adapter | None
+
+
+class Pool:
+    """As ``_C.Pool``: storage of many adapters, here in Python lists."""
+
+    def __init__(
+        self, in_features: int, out_features: list[int], dtype: str, capacity: int, max_rank: int,
+        history: int, seed: int,
+    ) -> None:
+        if dtype not in ("float32", "bfloat16"):
+            raise TypeError(f"AdapterPool: dtype: expected float32 or bfloat16, got {dtype}")
+        self.in_features, self.outs, self.dtype = in_features, out_features, dtype
+        self.capacity, self.max_rank = capacity, max_rank
+        self.history, self.seed = history, seed
+        self._slots: dict[int, _Slot] = {}
+        self._issued = 0
+        self._freed: list[int] = []
+
+    # ---- storage ----
+
+    def _stored(self, array: Any, like: tuple[int | None, int | None]) -> Any:
+        if array is None:
+            return None
+        values = _read(array)
+        if values.ndim != 2 or any(w not in (None, g) for w, g in zip(like, values.shape, strict=True)):
+            raise ValueError(f"AdapterPool: A, B: expected shape {like}, got {values.shape}")
+        rounded = values.astype(np.float32)
+        return reference.round_bfloat16(rounded) if self.dtype == "bfloat16" else rounded
+
+    def _adapter(self, A: list[Any], B: list[Any], scaling: float) -> reference.Adapter:
+        if len(A) != len(self.outs) or len(B) != len(self.outs):
+            raise ValueError(f"AdapterPool: A, B: expected {len(self.outs)} slices, got {len(A)}")
+        a = [self._stored(m, (None, self.in_features)) for m in A]
+        b = [
+            self._stored(m, (out, None if f is None else len(f)))
+            for m, out, f in zip(B, self.outs, a, strict=True)
+        ]
+        if self.max_rank and any(m is not None and len(m) > self.max_rank for m in a):
+            raise ValueError(f"AdapterPool: A: expected a rank of at most {self.max_rank}")
+        return reference.Adapter(a, b, float(np.float32(scaling)))
+
+    def _get(self, slot: int) -> _Slot:
+        if slot not in self._slots:
+            what = "which was removed" if 0 <= slot < self._issued else "which was never issued"
+            raise IndexError(f"AdapterPool: slot: expected a slot in use, got {slot}, {what}")
+        return self._slots[slot]
+
+    def _change(self, slot: int, adapter: reference.Adapter) -> None:
+        now = self._get(slot)
+        self._slots[slot] = _Slot(adapter, now.version + 1, now.adapter if self.history else None)
+
+    def add(self, A: list[Any], B: list[Any], scaling: float) -> int:
+        adapter = self._adapter(A, B, scaling)
+        if self.capacity and len(self._slots) >= self.capacity:
+            raise ValueError("AdapterPool.add: pool: expected room, got a pool at its capacity")
+        if self._freed:
+            slot = self._freed.pop(0)
+        else:
+            slot, self._issued = self._issued, self._issued + 1
+        self._slots[slot] = _Slot(adapter, 1, None)
+        return slot
+
+    def set(self, slot: int, A: list[Any], B: list[Any], scaling: float) -> None:
+        self._change(slot, self._adapter(A, B, scaling))
+
+    def read(self, slot: int, A: list[Any], B: list[Any]) -> float:
+        adapter = self._get(slot).adapter
+        for outs, stored in ((A, adapter.A), (B, adapter.B)):
+            for out, values in zip(outs, stored, strict=True):
+                if out is not None and values is not None:
+                    _write(out, values)
+        return adapter.scaling
+
+    def remove(self, slot: int) -> None:
+        self._get(slot)
+        del self._slots[slot]
+        self._freed.append(slot)
+
+    def ranks(self, slot: int) -> list[int]:
+        return [0 if A is None else len(A) for A in self._get(slot).adapter.A]
+
+    def version(self, slot: int) -> int:
+        return self._get(slot).version
+
+    def rollback(self, slot: int) -> None:
+        now = self._get(slot)
+        if not self.history or now.previous is None:
+            raise ValueError("AdapterPool.rollback: slot: expected weights before the last change")
+        self._slots[slot] = _Slot(now.previous, now.version + 1, None)
+
+    def info(self) -> tuple[int, int, int]:
+        size = sum(
+            m.nbytes for s in self._slots.values() for m in (*s.adapter.A, *s.adapter.B) if m is not None
+        )
+        return len(self._slots), self._issued, size
+
+    # ---- ops ----
+
+    def _adapters(self, ids: np.ndarray) -> dict[int, reference.Adapter]:
+        return {int(s): self._get(int(s)).adapter for s in np.unique(ids) if s != -1}
+
+    def forward(self, x: Any, ids: Any, weights: Any, out: Any, accumulate: bool) -> Any:
+        slots = np.asarray(ids)
+        w = None if weights is None else np.asarray(weights)
+        delta = reference.batched_lora_delta(_rows(x), self._adapters(slots), self.outs, slots, w)
+        return _result(x, out, delta, accumulate)
+
+    def forward_slot(
+        self, x: Any, slot: int, out: Any, accumulate: bool, transposed: bool, width: int
+    ) -> Any:
+        rows = _rows(x)
+        adapter = self._get(slot).adapter
+        if transposed:
+            delta = reference.lora_delta(rows, adapter.B[0].T, adapter.A[0].T, adapter.scaling)
+        else:
+            ids = np.full(len(rows), slot)
+            delta = reference.batched_lora_delta(rows, {slot: adapter}, self.outs, ids)
+        return _result(x, out, delta, accumulate)
+
+    def _apply(self, slot: int, gA: list[Any], gB: list[Any], step: Step) -> tuple[int, float]:
+        now = self._get(slot)
+        record = step.ewc.find(slot) if step.ewc else None
+        values = reference.Step(
+            step.lr, step.max_norm or None, step.lr_ratio, step.train_A, step.weight_decay,
+            step.ewc.ewc_lambda if step.ewc else 0.0,
+        )
+        fisher, anchor = record or (None, None)
+        moved = reference.step_adapter(now.adapter, gA, gB, values, fisher, anchor)
+        learning = [g for g in (*(gA if step.train_A else []), *gB) if g is not None]
+        norm = float(np.sqrt(sum((g**2).sum() for g in learning)))
+        if moved is None:
+            return 2, norm
+        self._change(slot, self._rounded(moved, slot, now.version))
+        return 1, norm
+
+    def _rounded(self, adapter: reference.Adapter, slot: int, version: int) -> reference.Adapter:
+        key = reference.rounding_key(self.seed, slot, version)
+        first = 0
+
+        def store(values: Any) -> Any:
+            nonlocal first
+            elements = np.arange(first, first + values.size).reshape(values.shape)
+            first += values.size
+            if self.dtype == "float32":
+                return values.astype(np.float32)
+            return reference.round_bfloat16_stochastic(values, key, elements)
+
+        A, B = [], []
+        for a, b in zip(adapter.A, adapter.B, strict=True):
+            A.append(None if a is None else store(a))
+            B.append(None if b is None else store(b.T).T)
+        return reference.Adapter(A, B, adapter.scaling)
+
+    def adapt(self, x: Any, grad: Any, ids: Any, weights: Any, step: Step) -> np.ndarray:
+        slots = np.asarray(ids)
+        w = None if weights is None else np.asarray(weights)
+        outcomes = np.zeros(slots.shape, dtype=np.uint8)
+        for slot, adapter in self._adapters(slots).items():
+            gA, gB = reference.slot_gradients(_rows(x), _rows(grad), adapter, self.outs, slot, slots, w)
+            outcomes[slots == slot] = self._apply(slot, gA, gB, step)[0]
+        return outcomes if outcomes.ndim == 1 else outcomes.max(axis=1)
+
+    def adapt_slot(self, x: Any, grad: Any, slot: int, step: Step) -> tuple[int, float]:
+        rows = _rows(x)
+        if not len(rows):
+            return 0, 0.0
+        ids = np.full(len(rows), slot)
+        adapter = self._get(slot).adapter
+        gA, gB = reference.slot_gradients(rows, _rows(grad), adapter, self.outs, slot, ids)
+        return self._apply(slot, gA, gB, step)
+
+    # ---- accumulated gradients: one flat buffer, A then the transpose of B ----
+
+    def gradient_size(self, slot: int) -> int:
+        a = self._get(slot).adapter
+        return sum(m.size for m in (*a.A, *a.B) if m is not None)
+
+    def gradient(self, x: Any, grad: Any, slot: int, h: Any, gradient: Any) -> tuple[int, float]:
+        rows = _rows(x)
+        if not len(rows):
+            return 0, 0.0
+        ids = np.full(len(rows), slot)
+        adapter = self._get(slot).adapter
+        gA, gB = reference.slot_gradients(rows, _rows(grad), adapter, self.outs, slot, ids)
+        parts = [m.ravel() for a, b in zip(gA, gB, strict=True) if a is not None for m in (a, b.T)]
+        total = np.concatenate(parts) * len(rows)
+        norm = float(np.sqrt((total**2).sum()))
+        if not np.isfinite(norm):
+            return 2, norm
+        gradient += total.astype(np.float32)
+        return 1, norm
+
+    def apply(self, gradient: Any, slot: int, scale: float, step: Step) -> tuple[int, float]:
+        values, at = np.asarray(gradient, dtype=np.float64) * scale, 0
+        gA: list[Any] = []
+        gB: list[Any] = []
+        for rank, out in zip(self.ranks(slot), self.outs, strict=True):
+            mid, end = at + rank * self.in_features, at + rank * (self.in_features + out)
+            gA.append(values[at:mid].reshape(rank, -1) if rank else None)
+            gB.append(values[mid:end].reshape(rank, -1).T if rank else None)
+            at = end
+        return self._apply(slot, gA, gB, step)
+
+    def shrink(self, x: Any, slot: int) -> np.ndarray:
+        parts = [_rows(x) @ A.T for A in self._get(slot).adapter.A if A is not None]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+class Ewc:
+    """As ``_C.Ewc``."""
+
+    def __init__(self, pool: Pool, form: str, ewc_lambda: float) -> None:
+        if form != "factor":
+            raise NotImplementedError(f"EWC: form: expected factor, got {form}")
+        self.pool, self.ewc_lambda = pool, ewc_lambda
+        self._records: dict[int, Any] = {}
+
+    def set(self, slot: int, fisher_A: list[Any], fisher_B: list[Any]) -> None:
+        adapter = self.pool._get(slot).adapter
+        for got, factor in ((fisher_A, adapter.A), (fisher_B, adapter.B)):
+            for g, f in zip(got, factor, strict=True):
+                if f is not None and np.shape(g) != f.shape:
+                    raise ValueError(f"EWC.set: fisher: expected shape {f.shape}, got {np.shape(g)}")
+        self._records[slot] = ((list(fisher_A), list(fisher_B)), adapter)
+
+    def find(self, slot: int) -> Any:
+        return self._records.get(slot)
+
+    def remove(self, slot: int) -> None:
+        self._records.pop(slot, None)
+
+    def penalty(self) -> float:
+        total = 0.0
+        for slot, ((F_A, F_B), anchor) in self._records.items():
+            now = self.pool._get(slot).adapter
+            for F, a, b in zip((*F_A, *F_B), (*now.A, *now.B), (*anchor.A, *anchor.B), strict=True):
+                if a is not None:
+                    total += float((_read(F) * (_read(a) - _read(b)) ** 2).sum())
+        return self.ewc_lambda * total

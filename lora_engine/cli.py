@@ -1,0 +1,55 @@
+"""The ``lora-engine`` command."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from importlib import metadata
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    """What is there, and why what is not is not."""
+    import lora_engine as le
+
+    print(f"lora_engine {le.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    print(f"threads: {le.get_num_threads()}")
+    for name, about in le.backends().items():
+        print(f"backend {name}: {about}")
+    for package in ("numpy", "safetensors", "torch", "triton", "transformers", "peft"):
+        try:
+            print(f"{package}: {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package}: not installed")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    try:
+        from lora_engine import demo
+    except ModuleNotFoundError as missing:
+        print(f"the demo needs {missing.name}: pip install 'lora-engine[demo]'", file=sys.stderr)
+        return 1
+    return demo.run(rounds=args.rounds, out=args.out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="lora-engine", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="what is there, and which instruction set runs")
+    doctor.set_defaults(run=_doctor)
+    demo = commands.add_parser("demo", help="64 users' handwriting, one adapter each, learned live")
+    demo.add_argument("--rounds", type=int, default=600, help="rounds of 64 images (600)")
+    demo.add_argument("--out", default="demo_output", help="folder for adapters and picture")
+    demo.set_defaults(run=_demo)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""One function per op. Arguments are checked by the backend, before any memory is touched.
+
+Arrays are NumPy arrays or CPU torch tensors, contiguous or strided, float32 (as
+tensors also bfloat16); a vector stands for one row. Errors name op, argument,
+expected and got: ValueError (shape, range, overlap, device), TypeError (dtype),
+IndexError (slot).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_engine import _C, backends
+
+if TYPE_CHECKING:
+    from lora_engine.adapters.pool import AdapterPool
+    from lora_engine.learning.ewc import EWC
+
+_backend = backends.chosen()
+
+NO_ADAPTER, APPLIED, NOT_FINITE = 0, 1, 2  # le_outcome of lora_engine.h
+NOTES = {
+    NO_ADAPTER: "no adapter was named: nothing was learned",
+    APPLIED: "",
+    NOT_FINITE: "the gradient holds NaN or Inf: the adapter is untouched",
+}
+
+
+class BatchedAdaptResult(NamedTuple):
+    """What became of each row: applied [n] bool, and in words what was not."""
+
+    applied: NDArray[np.bool_]
+    note: str
+
+
+def make_step(
+    lr: float,
+    max_norm: float | None = None,
+    lr_ratio: float = 1.0,
+    train_A: bool = True,
+    weight_decay: float = 0.0,
+    ewc: EWC | None = None,
+) -> Any:
+    """The parameters of a step in the backend's form."""
+    return _backend.Step(
+        lr, max_norm or 0.0, lr_ratio, train_A, weight_decay, ewc._storage if ewc else None
+    )
+
+
+def lora_delta(
+    x: Any, A: Any, B: Any, scaling: float, out: Any = None, accumulate: bool = False
+) -> Any:
+    """scaling (x Aᵀ) Bᵀ (LoRA: Hu et al. 2021, eq. 3).
+
+    x [n, in], A [r, in], B [out, r]; x and out share a dtype, A and B share a
+    dtype. Returns [n, out], or ``out`` (with accumulate: added to what it held).
+    Fastest where B is the transpose of a contiguous array.
+    """
+    return _backend.lora_delta(x, A, B, scaling, out, accumulate)
+
+
+def batched_lora_delta(
+    x: Any,
+    pool: AdapterPool,
+    ids: Any,
+    weights: Any = None,
+    out: Any = None,
+    accumulate: bool = True,
+) -> Any:
+    """y_i += sum_j w_ij s_j B_j (A_j x_i): each row has its own adapter or mixture.
+
+    x [n, in]; ids int32 [n] or [n, k], a slot of the pool or -1 for none;
+    weights float32, shaped like ids, default ones. Ranks may differ from slot
+    to slot. Returns [n, out], or ``out``: added to, or with accumulate=False
+    overwritten. A row of -1 keeps the bits of ``out`` (zeros where it is
+    overwritten or new). A row's result does not depend on the other rows.
+    """
+    return pool._storage.forward(x, ids, weights, out, accumulate)
+
+
+def batched_adapt(
+    x: Any,
+    grad: Any,
+    pool: AdapterPool,
+    ids: Any,
+    lr: float,
+    *,
+    weights: Any = None,
+    max_norm: float | None = None,
+    lr_ratio: float = 1.0,
+    train_A: bool = True,
+    weight_decay: float = 0.0,
+    ewc: EWC | None = None,
+) -> BatchedAdaptResult:
+    """One gradient step for every adapter that the rows name.
+
+    x [n, in], grad = dL/dy [n, out] of x's dtype, ids and weights as in
+    ``batched_lora_delta``. From the values before the step, h = A x:
+    gB = mean over the adapter's rows of w s grad hᵀ, gA = mean of
+    w s (Bᵀ grad) xᵀ. Then, in one pass: clipping to ``max_norm`` (gA and gB
+    together), LoRA+ (lr_B = lr_ratio lr; Hayou et al. 2024), LoRA-FA
+    (train_A=False; Zhang et al. 2023), decoupled weight decay, and the proximal
+    EWC step where ``ewc`` is given. An adapter whose gradient holds NaN or Inf
+    is left untouched, and its rows are reported as not applied.
+    """
+    step = make_step(lr, max_norm, lr_ratio, train_A, weight_decay, ewc)
+    outcomes = pool._storage.adapt(x, grad, ids, weights, step)
+    applied = outcomes == APPLIED
+    missed = len(applied) - int(np.count_nonzero(applied))
+    if not missed:
+        return BatchedAdaptResult(applied, "")
+    counts = {what: int(np.count_nonzero(outcomes == what)) for what in (NO_ADAPTER, NOT_FINITE)}
+    note = "; ".join(f"{n} rows: {NOTES[what]}" for what, n in counts.items() if n)
+    return BatchedAdaptResult(applied, note)
+
+
+def ewc_step(
+    theta: Any,
+    grad: Any,
+    fisher: Any,
+    anchor: Any,
+    lr: float,
+    ewc_lambda: float,
+    *,
+    seed: int = 0,
+    version: int = 0,
+) -> None:
+    """theta <- (theta - lr g + lr c F anchor) / (1 + lr c F), c = 2 ewc_lambda, in place.
+
+    All [n] or [n, m] of one shape; fisher and anchor float32. The proximal step
+    for the penalty ewc_lambda sum F (theta - anchor)² (EWC: Kirkpatrick et al.
+    2017, eq. 3); it does not diverge however large ewc_lambda is. A bfloat16
+    theta is rounded stochastically, keyed (seed, version).
+    """
+    _backend.ewc_step(theta, grad, fisher, anchor, lr, ewc_lambda, seed, version)
+
+
+def set_num_threads(num_threads: int) -> None:
+    """How many threads an op may use: 1 to 4096; at the start, the CPUs the process may use."""
+    _C.set_num_threads(num_threads)
+
+
+def get_num_threads() -> int:
+    """How many threads an op may use."""
+    return _C.get_num_threads()
