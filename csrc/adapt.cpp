@@ -81,7 +81,8 @@ Outcome step_slot(const Kernels &k, AdapterPool &pool, int32_t id, Slot &slot,
   Outcome result;
   result.grad_norm = gradient_norm(pool, *slot.current, rows, step.train_A != 0);
   result.what = std::isfinite(result.grad_norm) ? LE_APPLIED : LE_NOT_FINITE;
-  if (result.what == LE_APPLIED) update_weights(k, pool, id, slot, rows, step, ewc, result.grad_norm);
+  if (result.what == LE_APPLIED)
+    update_weights(k, pool, id, slot, rows, step, ewc, result.grad_norm);
   return result;
 }
 
@@ -107,8 +108,8 @@ void check_step(const char *op, const AdapterPool &pool, const le_step &step, co
   auto check = [&](const char *arg, float value, bool zero_too) {
     check_finite(op, arg, value);
     if (zero_too ? value < 0 : value <= 0)
-      fail(LE_ERROR_VALUE, "%s: %s: expected a number %s 0, got %g", op, arg, zero_too ? "from" : "above",
-           value);
+      fail(LE_ERROR_VALUE, "%s: %s: expected a number %s 0, got %g", op, arg,
+           zero_too ? "from" : "above", value);
   };
   check("lr", step.lr, true);
   check("lr_ratio", step.lr_ratio, true);
@@ -170,7 +171,8 @@ void pool_adapt(AdapterPool &pool, const le_array *x, const le_array *grad, cons
     }
   }
   const Kernels &k = kernels();
-  int64_t bytes = elements * dtype_size(pool.dtype()) * 2 + batch.count * (all.x.width + all.grad.width);
+  int64_t bytes =
+      elements * dtype_size(pool.dtype()) * 2 + batch.count * (all.x.width + all.grad.width);
   pool.context().threads.run(batch.slot_count, pool.context().threads_for(bytes), [&](int64_t s) {
     int32_t id = batch.slots[s];
     Samples samples = all;
@@ -182,8 +184,8 @@ void pool_adapt(AdapterPool &pool, const le_array *x, const le_array *grad, cons
     Slot &slot = pool.slot(id);
     std::lock_guard<SlotLock> held(slot.lock);
     // Removed since the check above: there is nothing left to teach.
-    by_slot[s] = slot.live.load() ? adapt_slot(k, pool, id, slot, samples, step, ewc).what
-                                  : LE_NO_ADAPTER;
+    by_slot[s] =
+        slot.live.load() ? adapt_slot(k, pool, id, slot, samples, step, ewc).what : LE_NO_ADAPTER;
   });
   std::memset(outcomes, LE_NO_ADAPTER, static_cast<size_t>(all.x.n));
   for (int64_t s = 0; s < batch.slot_count; ++s)
@@ -239,7 +241,9 @@ void pool_gradient(AdapterPool &pool, int32_t id, const le_array *x, const le_ar
   add_gradient(k, pool, block, samples, sum, b);
   const GradientRow *rows = buffered(k, pool, block, sum, 1.0f, b);
   *grad_norm = gradient_norm(pool, block, rows, true);
-  *outcome = !samples.count ? LE_NO_ADAPTER : std::isfinite(*grad_norm) ? LE_APPLIED : LE_NOT_FINITE;
+  *outcome = !samples.count              ? LE_NO_ADAPTER
+             : std::isfinite(*grad_norm) ? LE_APPLIED
+                                         : LE_NOT_FINITE;
   if (*outcome != LE_APPLIED) return;
   float *total = reinterpret_cast<float *>(to.data);
   for (int64_t i = 0; i < elements; ++i) total[i] += sum[i];
@@ -253,9 +257,8 @@ void pool_apply(AdapterPool &pool, int32_t id, const le_array *gradient, float s
   ExclusiveSlot held(op, pool, id);
   Rows from = checked_gradient(op, pool, *held.slot.current, gradient);
   const Kernels &k = kernels();
-  const GradientRow *rows =
-      buffered(k, pool, *held.slot.current, reinterpret_cast<const float *>(from.data), scale,
-               buffers());
+  const GradientRow *rows = buffered(k, pool, *held.slot.current,
+                                     reinterpret_cast<const float *>(from.data), scale, buffers());
   Outcome result = step_slot(k, pool, id, held.slot, rows, step, ewc);
   *outcome = static_cast<uint8_t>(result.what);
   *grad_norm = result.grad_norm;

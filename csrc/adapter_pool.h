@@ -13,9 +13,9 @@
 
 namespace le {
 
-// One adapter's weights, in one allocation: this header, the ranks, then for
-// each slice A [r, in] and the transpose of B [r, out], rows contiguous. Both
-// are then read along their rows by forward, its transpose and the update.
+// One adapter's weights, in one allocation: this header, the ranks, then from the
+// next address that 64 divides, for each slice A [r, in] and the transpose of B [r, out], rows
+// contiguous. Both are then read along their rows by forward, its transpose and the update.
 struct Block {
   float scaling;
   int32_t ranks[1];  // one per slice
@@ -28,7 +28,7 @@ struct SliceView {
   int64_t element;  // index of a's first element in the slot; bt's follows a's last
 };
 
-struct alignas(64) Slot {
+struct Slot {
   SlotLock lock;
   std::atomic<uint32_t> live{0};
   uint32_t epoch = 0;  // grows when another adapter takes the place: see Ewc
@@ -82,7 +82,7 @@ class AdapterPool {
 
  private:
   int64_t block_bytes(const int32_t *ranks) const;
-  int64_t header_bytes() const;
+  char *weights(const Block &block) const;
   Block *allocate(const int32_t *ranks);
   void check_adapter(const char *op, const le_array *A, const le_array *B, float scaling,
                      std::vector<Rows> *a, std::vector<Rows> *b) const;

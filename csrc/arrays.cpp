@@ -92,21 +92,24 @@ void check_dtype(const char *op, const char *arg, int32_t got, int32_t expected,
 void check_output(const char *op, const char *arg, const le_array *out, const Rows &rows) {
   if (out->flags & LE_ARRAY_READONLY)
     fail(LE_ERROR_VALUE, "%s: %s: expected a writable array, got a read-only one", op, arg);
+  if (!rows.n || !rows.width) return;
   int64_t col = std::abs(rows.col_stride), row = std::abs(rows.row_stride);
   bool repeats = (rows.width > 1 && col == 0) || (rows.n > 1 && row == 0);
   // Rows that begin inside one another.
   if (rows.n > 1 && rows.width > 1)
-    repeats = repeats || (row >= col ? row < (rows.width - 1) * col + 1 : col < (rows.n - 1) * row + 1);
+    repeats =
+        repeats || (row >= col ? row < (rows.width - 1) * col + 1 : col < (rows.n - 1) * row + 1);
   if (repeats)
-    fail(LE_ERROR_VALUE, "%s: %s: expected each element at its own address, got strides [%lld, %lld]",
-         op, arg, static_cast<long long>(rows.row_stride), static_cast<long long>(rows.col_stride));
+    fail(LE_ERROR_VALUE,
+         "%s: %s: expected each element at its own address, got strides [%lld, %lld]", op, arg,
+         static_cast<long long>(rows.row_stride), static_cast<long long>(rows.col_stride));
 }
 
 void check_overlap(const char *op, const char *out_arg, const Rows &out, const char *in_arg,
                    const Rows &in) {
   if (share_memory(out, in))
-    fail(LE_ERROR_VALUE, "%s: %s: expected memory of its own, got memory shared with %s", op, out_arg,
-         in_arg);
+    fail(LE_ERROR_VALUE, "%s: %s: expected memory of its own, got memory shared with %s", op,
+         out_arg, in_arg);
 }
 
 void check_finite(const char *op, const char *arg, double value) {

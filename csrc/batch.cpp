@@ -7,6 +7,9 @@ namespace le {
 void read_batch(const char *op, const AdapterPool &pool, const le_array *ids,
                 const le_array *weights, int64_t n, Order order, Batch *batch) {
   if (!present(ids)) fail(LE_ERROR_VALUE, "%s: ids: expected int32 [n] or [n, k], got none", op);
+  if ((ids->ndim == 1 || ids->ndim == 2) && ids->shape[0] != n)
+    fail(LE_ERROR_VALUE, "%s: ids: expected one a row of x, %lld, got %lld", op,
+         static_cast<long long>(n), static_cast<long long>(ids->shape[0]));
   // One id a row is a column, not a row.
   auto as_column = [](const le_array *a, le_array *column) {
     *column = *a;
@@ -22,8 +25,8 @@ void read_batch(const char *op, const AdapterPool &pool, const le_array *ids,
   Rows weight_rows;
   if (present(weights)) {
     check_dtype(op, "weights", weights->dtype, LE_FLOAT32, "");
-    weight_rows = matrix(op, "weights", as_column(weights, &weight_column), n, id_rows.width,
-                         "like ids");
+    weight_rows =
+        matrix(op, "weights", as_column(weights, &weight_column), n, id_rows.width, "like ids");
   }
   int64_t k = id_rows.width;
   batch->pairs = batch->pair_memory.get(n * k);
@@ -37,11 +40,11 @@ void read_batch(const char *op, const AdapterPool &pool, const le_array *ids,
       int32_t id = *reinterpret_cast<const int32_t *>(id_rows.at(i, j));
       if (id == -1) continue;
       if (id < 0 || id >= pool.issued())
-        fail(LE_ERROR_INDEX, "%s: ids: expected -1 or one of the pool's %d slots, got %d at row %lld",
-             op, pool.issued(), id, static_cast<long long>(i));
-      float w = weights && weight_rows.data
-                    ? *reinterpret_cast<const float *>(weight_rows.at(i, j))
-                    : 1.0f;
+        fail(LE_ERROR_INDEX,
+             "%s: ids: expected -1 or one of the pool's %d slots, got %d at row %lld", op,
+             pool.issued(), id, static_cast<long long>(i));
+      float w = weights && weight_rows.data ? *reinterpret_cast<const float *>(weight_rows.at(i, j))
+                                            : 1.0f;
       if (batch->count > 0 && batch->pairs[batch->count - 1].slot > id) sorted = false;
       batch->pairs[batch->count++] = {i, id, static_cast<int32_t>(j), w};
     }

@@ -18,7 +18,8 @@ struct le_pool {
 };
 
 struct le_ewc {
-  le_ewc(le_pool *p, int32_t form, float lambda) : context(p->context), core(p->core, form, lambda) {}
+  le_ewc(le_pool *p, int32_t form, float lambda)
+      : context(p->context), core(p->core, form, lambda) {}
   le_context *context;
   le::Ewc core;
 };

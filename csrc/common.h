@@ -15,7 +15,9 @@ struct Bf16 {
   uint16_t bits;
 };
 
-inline int64_t dtype_size(int32_t dtype) { return dtype == LE_FLOAT32 || dtype == LE_INT32 ? 4 : 2; }
+inline int64_t dtype_size(int32_t dtype) {
+  return dtype == LE_FLOAT32 || dtype == LE_INT32 ? 4 : 2;
+}
 const char *dtype_name(int32_t dtype);
 
 // Thrown inside the core only; c_api.cpp turns it into a status.

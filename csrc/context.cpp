@@ -35,8 +35,7 @@ constexpr int64_t kBytesPerThread = 192 * 1024;
 
 }  // namespace
 
-Context::Context(int num_threads)
-    : threads(num_threads > 0 ? num_threads : available_cpus()) {
+Context::Context(int num_threads) : threads(num_threads > 0 ? num_threads : available_cpus()) {
   static std::once_flag once;
   std::call_once(once, [] {
     pthread_atfork(before_fork, [] { after_fork(false); }, [] { after_fork(true); });

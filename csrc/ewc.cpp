@@ -20,7 +20,8 @@ void read_fisher(const char *op, const char *arg, const Kernels &k, const Rows &
     load_row(k, from, j, 0, from.width, row);
     for (int64_t i = 0; i < from.width; ++i)
       if (!(row[i] >= 0.0f && row[i] <= 3.4e38f))
-        fail(LE_ERROR_VALUE, "%s: %s: expected finite values of 0 or more, got %g", op, arg, row[i]);
+        fail(LE_ERROR_VALUE, "%s: %s: expected finite values of 0 or more, got %g", op, arg,
+             row[i]);
   }
 }
 

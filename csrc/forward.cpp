@@ -7,7 +7,7 @@
 namespace le {
 namespace {
 
-constexpr int64_t kTileRows = 16;  // rows that share one pass over an adapter's weights
+constexpr int64_t kTileRows = 16;         // rows that share one pass over an adapter's weights
 constexpr int64_t kSplitBytes = 1 << 20;  // from here a single tile is worth splitting over threads
 
 // One low-rank product that a tile of rows adds to its output: the rows of
@@ -76,7 +76,8 @@ void shrink_terms(const Shape &shape, const Tile &tile, const float *const *x, c
     const void **a = row_pointers(term.down + first * term.down_stride, term.down_stride,
                                   last - first, b.pointers.get(last - first));
     float *part = h + base + first;
-    shape.kernels->shrink[shape.dtype](tile.m, x, last - first, a, shape.in(), term.rank, part, ldh);
+    shape.kernels->shrink[shape.dtype](tile.m, x, last - first, a, shape.in(), term.rank, part,
+                                       ldh);
     for (int64_t i = 0; i < tile.m; ++i) {
       float scale = tile.weights ? tile.weights[i] * term.scale : term.scale;
       for (int64_t j = 0; j < last - first; ++j) part[i * ldh + j] *= scale;
@@ -153,10 +154,9 @@ void run_tiles(Context &context, const Shape &shape, int64_t tiles, int64_t byte
   bool split = threads > 1 && tiles < 2 * threads && tiles > 0 && bytes / tiles >= kSplitBytes;
   auto whole = [&](int64_t index) {
     Buffers &b = buffers();
-    visit(index, [&](const Tile &tile, const float *const *x, const Term *terms, int64_t count,
-                     int64_t column, int64_t n) {
-      run_tile(shape, tile, terms, count, x, column, n, b);
-    });
+    visit(index,
+          [&](const Tile &tile, const float *const *x, const Term *terms, int64_t count,
+              int64_t column, int64_t n) { run_tile(shape, tile, terms, count, x, column, n, b); });
   };
   if (!split) {
     context.threads.run(tiles, threads, whole);
@@ -285,9 +285,10 @@ void pool_forward_slot(AdapterPool &pool, int32_t id, const le_array *x, bool tr
   if (transposed && pool.num_slices() > 1)
     fail(LE_ERROR_UNSUPPORTED, "%s: transposed: expected a pool of one slice, got %d", op,
          pool.num_slices());
-  Shape shape = transposed
-                    ? checked_shape(op, x, out, "[n, out]", y, in, "[n, in]", pool.dtype(), accumulate)
-                    : checked_shape(op, x, in, "[n, in]", y, out, "[n, out]", pool.dtype(), accumulate);
+  Shape shape =
+      transposed
+          ? checked_shape(op, x, out, "[n, out]", y, in, "[n, in]", pool.dtype(), accumulate)
+          : checked_shape(op, x, in, "[n, in]", y, out, "[n, out]", pool.dtype(), accumulate);
   SharedSlots held(op, pool, &id, 1);
   if (shape.x.n == 0) return;
   const Block &block = *pool.slot(id).current;
@@ -377,24 +378,25 @@ void pool_forward(AdapterPool &pool, const le_array *x, const le_array *ids,
   const Pair *pairs = batch.pairs;
   bool mixtures = batch.mixtures;
 
-  run_tiles(pool.context(), shape, count, elements * dtype_size(pool.dtype()), [&](int64_t index, auto &&run) {
-    const PairTile &cut = tiles[index];
-    Tile tile{rows + cut.first, cut.m, mixtures ? nullptr : row_weights + cut.first};
-    const float *const *all = tile_inputs(shape, tile, buffers());
-    int64_t adapters = mixtures ? cut.pairs : 1;
-    Term *terms = buffers().terms.get(adapters);
-    int64_t column = 0;
-    for (int s = 0; s < pool.num_slices(); ++s) {
-      for (int64_t a = 0; a < adapters; ++a) {
-        const Pair &pair = pairs[cut.first + a];
-        const Block &block = *pool.slot(pair.slot).current;
-        float scale = mixtures ? pair.weight * block.scaling : block.scaling;
-        terms[a] = slice_term(pool, pool.slice(block, s), s, scale, false);
-      }
-      run(tile, all, terms, adapters, column, pool.slice_out(s));
-      column += pool.slice_out(s);
-    }
-  });
+  run_tiles(pool.context(), shape, count, elements * dtype_size(pool.dtype()),
+            [&](int64_t index, auto &&run) {
+              const PairTile &cut = tiles[index];
+              Tile tile{rows + cut.first, cut.m, mixtures ? nullptr : row_weights + cut.first};
+              const float *const *all = tile_inputs(shape, tile, buffers());
+              int64_t adapters = mixtures ? cut.pairs : 1;
+              Term *terms = buffers().terms.get(adapters);
+              int64_t column = 0;
+              for (int s = 0; s < pool.num_slices(); ++s) {
+                for (int64_t a = 0; a < adapters; ++a) {
+                  const Pair &pair = pairs[cut.first + a];
+                  const Block &block = *pool.slot(pair.slot).current;
+                  float scale = mixtures ? pair.weight * block.scaling : block.scaling;
+                  terms[a] = slice_term(pool, pool.slice(block, s), s, scale, false);
+                }
+                run(tile, all, terms, adapters, column, pool.slice_out(s));
+                column += pool.slice_out(s);
+              }
+            });
 }
 
 void pool_shrink(AdapterPool &pool, int32_t id, const le_array *x, const le_array *h) {

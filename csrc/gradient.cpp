@@ -61,7 +61,7 @@ const float **sample_rows(const Kernels &k, const Rows &from, const Samples &sam
 }  // namespace
 
 const GradientRow *one_sample(const Kernels &k, const AdapterPool &pool, const Block &block,
-                        const Samples &samples, GradientBuffers &b) {
+                              const Samples &samples, GradientBuffers &b) {
   int64_t in = pool.in_features(), ranks = 0;
   for (int s = 0; s < pool.num_slices(); ++s) ranks += block.ranks[s];
   GradientRow *to = b.rows.get(2 * ranks);
@@ -124,7 +124,7 @@ void add_gradient(const Kernels &k, const AdapterPool &pool, const Block &block,
 }
 
 const GradientRow *buffered(const Kernels &k, const AdapterPool &pool, const Block &block,
-                      const float *gradient, float scale, GradientBuffers &b) {
+                            const float *gradient, float scale, GradientBuffers &b) {
   int64_t ranks = 0;
   for (int s = 0; s < pool.num_slices(); ++s) ranks += block.ranks[s];
   GradientRow *to = b.rows.get(2 * ranks);

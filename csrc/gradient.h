@@ -28,7 +28,7 @@ struct Samples {
   Rows x, grad;
   const Pair *pairs;  // of one slot, in row order
   int64_t count;
-  int64_t rows;      // distinct ones: what the mean divides by
+  int64_t rows;             // distinct ones: what the mean divides by
   const Rows *h = nullptr;  // A x where the caller kept it
 };
 

@@ -60,7 +60,8 @@ class Work {
 };
 
 struct Step : le_step {
-  Step(float lr_, float max_norm_, float lr_ratio_, bool train_A_, float weight_decay_, le_ewc *ewc_)
+  Step(float lr_, float max_norm_, float lr_ratio_, bool train_A_, float weight_decay_,
+       le_ewc *ewc_)
       : le_step{lr_, lr_ratio_, max_norm_, weight_decay_, train_A_, ewc_} {}
 };
 
@@ -73,8 +74,9 @@ class Pool {
       : out_(0), slices_(outs.size()) {
     for (int64_t o : outs) out_ += o;
     int32_t code = dtype == "float32" ? LE_FLOAT32 : dtype == "bfloat16" ? LE_BFLOAT16 : -1;
-    le_pool_options options{in,       outs.data(), static_cast<int32_t>(outs.size()), code,
-                            capacity, max_rank,    history,                           seed};
+    le_pool_options options{in,      outs.data(), static_cast<int32_t>(outs.size()),
+                            code,    capacity,    max_rank,
+                            history, seed};
     check(le_pool_create(context(), &options, &pool_));
   }
   ~Pool() { le_pool_destroy(pool_); }
@@ -176,8 +178,7 @@ class Pool {
     le_status status;
     {
       Work work(xa, out_);
-      status = le_pool_adapt(pool_, xa.ptr(), ga.ptr(), ia.ptr(), wa.ptr(), &step,
-                             outcomes);
+      status = le_pool_adapt(pool_, xa.ptr(), ga.ptr(), ia.ptr(), wa.ptr(), &step, outcomes);
     }
     check(status);
     return made;
@@ -297,7 +298,8 @@ void ewc_step(nb::handle theta, nb::handle grad, nb::handle fisher, nb::handle a
   le_status status;
   {
     Work work(t, t.width());
-    status = le_ewc_step(context(), t.ptr(), g.ptr(), f.ptr(), a.ptr(), lr, ewc_lambda, seed, version);
+    status =
+        le_ewc_step(context(), t.ptr(), g.ptr(), f.ptr(), a.ptr(), lr, ewc_lambda, seed, version);
   }
   check(status);
 }
@@ -309,14 +311,15 @@ NB_MODULE(_C, m) {
   if (le_abi_version() != LE_ABI_VERSION) throw std::runtime_error("lora_engine: ABI mismatch");
 
   nb::class_<Step>(m, "Step", "How a step is taken: le_step of lora_engine.h.")
-      .def("__init__",
-           [](Step *self, float lr, float max_norm, float lr_ratio, bool train_A,
-              float weight_decay, std::optional<Ewc *> ewc) {
-             new (self) Step(lr, max_norm, lr_ratio, train_A, weight_decay,
-                             ewc && *ewc ? (*ewc)->get() : nullptr);
-           },
-           "lr"_a, "max_norm"_a = 0.0f, "lr_ratio"_a = 1.0f, "train_A"_a = true,
-           "weight_decay"_a = 0.0f, "ewc"_a = nb::none(), nb::keep_alive<1, 7>());
+      .def(
+          "__init__",
+          [](Step *self, float lr, float max_norm, float lr_ratio, bool train_A, float weight_decay,
+             std::optional<Ewc *> ewc) {
+            new (self) Step(lr, max_norm, lr_ratio, train_A, weight_decay,
+                            ewc && *ewc ? (*ewc)->get() : nullptr);
+          },
+          "lr"_a, "max_norm"_a = 0.0f, "lr_ratio"_a = 1.0f, "train_A"_a = true,
+          "weight_decay"_a = 0.0f, "ewc"_a = nb::none(), nb::keep_alive<1, 7>());
 
   nb::class_<Pool>(m, "Pool", "Storage of many adapters: le_pool of lora_engine.h.")
       .def(nb::init<int64_t, std::vector<int64_t>, const std::string &, int64_t, int32_t, int32_t,
@@ -331,16 +334,18 @@ NB_MODULE(_C, m) {
       .def("version", &Pool::version, "slot"_a)
       .def("rollback", &Pool::rollback, "slot"_a)
       .def("info", &Pool::info)
-      .def("forward", &Pool::forward, "x"_a, "ids"_a, "weights"_a.none(), "out"_a.none(),
-           "accumulate"_a)
-      .def("forward_slot", &Pool::forward_slot, "x"_a, "slot"_a, "out"_a.none(), "accumulate"_a,
-           "transposed"_a, "width"_a)
-      .def("adapt", &Pool::adapt, "x"_a, "grad"_a, "ids"_a, "weights"_a.none(), "step"_a)
-      .def("adapt_slot", &Pool::adapt_slot, "x"_a, "grad"_a, "slot"_a, "step"_a)
+      .def("forward", &Pool::forward, "x"_a.none(), "ids"_a.none(), "weights"_a.none(),
+           "out"_a.none(), "accumulate"_a)
+      .def("forward_slot", &Pool::forward_slot, "x"_a.none(), "slot"_a, "out"_a.none(),
+           "accumulate"_a, "transposed"_a, "width"_a)
+      .def("adapt", &Pool::adapt, "x"_a.none(), "grad"_a.none(), "ids"_a.none(), "weights"_a.none(),
+           "step"_a)
+      .def("adapt_slot", &Pool::adapt_slot, "x"_a.none(), "grad"_a.none(), "slot"_a, "step"_a)
       .def("gradient_size", &Pool::gradient_size, "slot"_a)
-      .def("gradient", &Pool::gradient, "x"_a, "grad"_a, "slot"_a, "h"_a.none(), "gradient"_a)
-      .def("apply", &Pool::apply, "gradient"_a, "slot"_a, "scale"_a, "step"_a)
-      .def("shrink", &Pool::shrink, "x"_a, "slot"_a);
+      .def("gradient", &Pool::gradient, "x"_a.none(), "grad"_a.none(), "slot"_a, "h"_a.none(),
+           "gradient"_a.none())
+      .def("apply", &Pool::apply, "gradient"_a.none(), "slot"_a, "scale"_a, "step"_a)
+      .def("shrink", &Pool::shrink, "x"_a.none(), "slot"_a);
 
   nb::class_<Ewc>(m, "Ewc", "Fisher information and anchors: le_ewc of lora_engine.h.")
       .def(nb::init<Pool &, const std::string &, float>(), "pool"_a, "form"_a, "ewc_lambda"_a,
@@ -349,24 +354,28 @@ NB_MODULE(_C, m) {
       .def("remove", &Ewc::remove, "slot"_a)
       .def("penalty", &Ewc::penalty);
 
-  m.def("lora_delta", &lora_delta, "x"_a, "A"_a, "B"_a, "scaling"_a, "out"_a.none(),
-        "accumulate"_a);
-  m.def("ewc_step", &ewc_step, "theta"_a, "grad"_a, "fisher"_a, "anchor"_a, "lr"_a, "ewc_lambda"_a,
-        "seed"_a, "version"_a);
+  m.def("lora_delta", &lora_delta, "x"_a.none(), "A"_a.none(), "B"_a.none(), "scaling"_a,
+        "out"_a.none(), "accumulate"_a);
+  m.def("ewc_step", &ewc_step, "theta"_a.none(), "grad"_a.none(), "fisher"_a.none(),
+        "anchor"_a.none(), "lr"_a, "ewc_lambda"_a, "seed"_a, "version"_a);
   m.def("isa", []() -> std::optional<std::string> {
     const char *name = le_isa();
     return name ? std::optional<std::string>(name) : std::nullopt;
   });
-  m.def("isas_built", [] {
-    nb::dict built;
-    int32_t supported = 0;
-    for (int32_t i = 0; const char *name = le_isa_built(i, &supported); ++i)
-      built[name] = supported != 0;
-    return built;
-  }, nb::sig("def isas_built() -> dict[str, bool]"));
+  m.def(
+      "isas_built",
+      [] {
+        nb::dict built;
+        int32_t supported = 0;
+        for (int32_t i = 0; const char *name = le_isa_built(i, &supported); ++i)
+          built[name] = supported != 0;
+        return built;
+      },
+      nb::sig("def isas_built() -> dict[str, bool]"));
   m.def("last_error", [] { return std::string(le_last_error(context())); });
-  m.def("set_num_threads", [](int32_t n) { check(le_set_num_threads(context(), n)); },
-        "num_threads"_a);
+  m.def(
+      "set_num_threads", [](int32_t n) { check(le_set_num_threads(context(), n)); },
+      "num_threads"_a);
   m.def("get_num_threads", [] { return le_get_num_threads(context()); });
   m.def("abi_version", &le_abi_version);
 }

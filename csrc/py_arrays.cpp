@@ -131,8 +131,9 @@ void refuse_autograd(nb::handle object, const char *op, const char *arg) {
   nb::object on = nb::steal(PyObject_CallNoArgs(torch().is_grad_enabled));
   if (!on.is_valid()) throw nb::python_error();
   if (on.ptr() == Py_True)
-    raise(PyExc_ValueError, where(op, arg) + "a tensor outside autograd, got one that requires grad: "
-                                             "wrap the call in torch.no_grad() or pass tensor.detach()");
+    raise(PyExc_ValueError, where(op, arg) +
+                                "a tensor outside autograd, got one that requires grad: "
+                                "wrap the call in torch.no_grad() or pass tensor.detach()");
 }
 
 void set_dtype(le_array &v, uint8_t code, uint8_t bits, nb::handle object, const char *op,
@@ -148,16 +149,15 @@ void set_dtype(le_array &v, uint8_t code, uint8_t bits, nb::handle object, const
 }
 
 [[noreturn]] void raise_device(nb::handle object, const char *op, const char *arg) {
-  raise(PyExc_ValueError, where(op, arg) + "a tensor on the cpu, got one on " +
-                              text_of(object.attr("device")));
+  raise(PyExc_ValueError,
+        where(op, arg) + "a tensor on the cpu, got one on " + text_of(object.attr("device")));
 }
 
 // For a torch without the exchange functions.
 Array from_attributes(nb::handle object, const char *op, const char *arg) {
   Array out;
   le_array &v = out.view;
-  if (text_of(object.attr("device").attr("type")) != "cpu")
-    raise_device(object, op, arg);
+  if (text_of(object.attr("device").attr("type")) != "cpu") raise_device(object, op, arg);
   std::string dtype = text_of(object.attr("dtype"));
   uint8_t code = dtype == "torch.float32" ? kFloat : dtype == "torch.bfloat16" ? kBfloat : kInt;
   uint8_t bits = dtype == "torch.bfloat16" ? 16 : code == kFloat || dtype == "torch.int32" ? 32 : 0;
@@ -175,7 +175,11 @@ Array from_attributes(nb::handle object, const char *op, const char *arg) {
 
 Array from_exchange(nb::handle object, const char *op, const char *arg) {
   DLTensor t{};
-  if (torch().exchange->tensor_from_object(object.ptr(), &t) != 0) throw nb::python_error();
+  if (torch().exchange->tensor_from_object(object.ptr(), &t) != 0) {
+    nb::python_error error;  // takes what torch raised
+    if (text_of(object.attr("device").attr("type")) != "cpu") raise_device(object, op, arg);
+    throw error;
+  }
   if (t.device_type != kCpu) raise_device(object, op, arg);
   Array out;
   le_array &v = out.view;
@@ -200,9 +204,11 @@ Array as_array(nb::handle object, const char *op, const char *arg) {
   if (PyArray_Check(object.ptr()))
     return from_numpy(reinterpret_cast<PyArrayObject *>(object.ptr()), op, arg);
   if (!is_tensor(object))
-    raise(PyExc_TypeError, where(op, arg) + "a NumPy array or a torch tensor, got " +
-                               text_of(nb::handle(reinterpret_cast<PyObject *>(Py_TYPE(object.ptr())))
-                                           .attr("__name__")));
+    raise(
+        PyExc_TypeError,
+        where(op, arg) + "a NumPy array or a torch tensor, got " +
+            text_of(
+                nb::handle(reinterpret_cast<PyObject *>(Py_TYPE(object.ptr()))).attr("__name__")));
   refuse_autograd(object, op, arg);
   Array out = torch().exchange ? from_exchange(object, op, arg) : from_attributes(object, op, arg);
   out.torch = true;

@@ -3,10 +3,14 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
+#include <new>
 
 namespace le {
 
-// Segment k holds 64 << k entries. grow_to is called by one thread at a time.
+// Segment k holds 64 << k entries, all bits zero at first (T must allow that): the
+// pages of entries that are not used yet cost nothing. grow_to is called by one
+// thread at a time.
 template <class T>
 class Segmented {
  public:
@@ -14,7 +18,11 @@ class Segmented {
   Segmented(const Segmented &) = delete;
   Segmented &operator=(const Segmented &) = delete;
   ~Segmented() {
-    for (auto &s : segments_) delete[] s.load();
+    for (int k = 0; k < kSegments; ++k) {
+      T *entries = segments_[k].load();
+      for (int64_t i = 0; entries && i < kFirst << k; ++i) entries[i].~T();
+      std::free(entries);
+    }
   }
 
   // i must lie below what grow_to was called with.
@@ -28,7 +36,9 @@ class Segmented {
     int64_t bytes = 0;
     for (int k = 0; k < kSegments && start_of(k) < count; ++k) {
       if (segments_[k].load(std::memory_order_relaxed)) continue;
-      segments_[k].store(new T[static_cast<size_t>(kFirst << k)](), std::memory_order_release);
+      void *zeros = std::calloc(static_cast<size_t>(kFirst << k), sizeof(T));
+      if (!zeros) throw std::bad_alloc();
+      segments_[k].store(static_cast<T *>(zeros), std::memory_order_release);
       bytes += (kFirst << k) * static_cast<int64_t>(sizeof(T));
     }
     return bytes;
@@ -41,7 +51,9 @@ class Segmented {
   static constexpr int64_t kFirst = 64;
 
   static constexpr int64_t start_of(int k) { return (kFirst << k) - kFirst; }
-  static int segment_of(int64_t i) { return 63 - __builtin_clzll(static_cast<uint64_t>(i / kFirst + 1)); }
+  static int segment_of(int64_t i) {
+    return 63 - __builtin_clzll(static_cast<uint64_t>(i / kFirst + 1));
+  }
 
   std::atomic<T *> segments_[kSegments] = {};
 };

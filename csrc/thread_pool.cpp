@@ -158,7 +158,9 @@ bool ThreadPool::try_run(int64_t tasks, int threads, TaskFn fn, void *body) {
   s.door.store(State::kOpen, std::memory_order_release);
   s.generation.fetch_add(1);
   if (s.sleepers.load() > 0) {
-    { std::lock_guard<std::mutex> asleep(s.sleep); }
+    {
+      std::lock_guard<std::mutex> asleep(s.sleep);
+    }
     s.wake.notify_all();
   }
   s.work();

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_engine import _C, backends
+from lora_engine import _C
+from lora_engine.backends import chosen
 
 if TYPE_CHECKING:
     from lora_engine.adapters.pool import AdapterPool
     from lora_engine.learning.ewc import EWC
 
-_backend = backends.chosen()
+_backend = chosen()
 
 NO_ADAPTER, APPLIED, NOT_FINITE = 0, 1, 2  # le_outcome of lora_engine.h
 NOTES = {
@@ -145,4 +146,4 @@ def set_num_threads(num_threads: int) -> None:
 
 def get_num_threads() -> int:
     """How many threads an op may use."""
-    return _C.get_num_threads()
+    return int(_C.get_num_threads())

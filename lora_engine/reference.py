@@ -233,7 +233,9 @@ def round_bfloat16(values: ArrayLike) -> NDArray[np.float32]:
     return (out & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def round_bfloat16_stochastic(values: ArrayLike, key: int, elements: ArrayLike) -> NDArray[np.float32]:
+def round_bfloat16_stochastic(
+    values: ArrayLike, key: int, elements: ArrayLike
+) -> NDArray[np.float32]:
     """To one of the two nearest bfloat16, as float32: up with the probability of the
     part cut off, decided by ``counter_hash``. elements: index of each value in its
     slot (for each slice A row by row, then the transpose of B row by row)."""

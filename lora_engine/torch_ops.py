@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(0, -2) if x.ndim > 2 else x
 
 
 class _MicroLoRADelta(torch.autograd.Function):
@@ -14,16 +19,18 @@ class _MicroLoRADelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, module: Any, recompute: bool) -> torch.Tensor:
         x = x.detach()
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         ctx.module = module
         ctx.version = module.pool.version(module.slot)
         ctx.h = None if recompute else module.storage.shrink(rows, module.slot)
         ctx.save_for_backward(x)
-        y: torch.Tensor = module.storage.forward_slot(rows, module.slot, None, False, False, module.out)
-        return y.reshape(*x.shape[:-1], module.out)
+        y = module.storage.forward_slot(rows, module.slot, None, False, False, module.out)
+        result: torch.Tensor = y.reshape(*x.shape[:-1], module.out)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         m = ctx.module
         if m.pool.version(m.slot) != ctx.version:
             raise RuntimeError(
@@ -31,10 +38,8 @@ class _MicroLoRADelta(torch.autograd.Function):
                 " got weights that were changed since"
             )
         (x,) = ctx.saved_tensors
-        rows, up = x.reshape(-1, x.shape[-1]), grad.detach().reshape(-1, m.out).to(x.dtype)
-        outcome, _ = m.storage.gradient(rows, up, m.slot, ctx.h, m.pending())
-        if outcome == 1:
-            m.samples += len(rows)
+        rows, up = _rows(x), grad.reshape(-1, m.out).to(x.dtype)
+        m.accumulate(rows, up, ctx.h)
         dx = m.storage.forward_slot(up, m.slot, None, False, True, x.shape[-1])
         return dx.reshape(x.shape), None, None
 

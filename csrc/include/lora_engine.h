@@ -210,8 +210,8 @@ LE_API le_status le_pool_gradient_size(le_pool *pool, int32_t slot, int64_t *siz
  * NULL (recomputed) or A x, float32 [n, sum of ranks]. Where the sum would
  * hold NaN or Inf, nothing is added and the outcome is LE_NOT_FINITE. */
 LE_API le_status le_pool_gradient(le_pool *pool, int32_t slot, const le_array *x,
-                                  const le_array *grad, const le_array *h,
-                                  const le_array *gradient, uint8_t *outcome, double *grad_norm);
+                                  const le_array *grad, const le_array *h, const le_array *gradient,
+                                  uint8_t *outcome, double *grad_norm);
 /* One step with the gradient `scale * gradient`. */
 LE_API le_status le_pool_apply(le_pool *pool, int32_t slot, const le_array *gradient, float scale,
                                const le_step *step, uint8_t *outcome, double *grad_norm);

@@ -30,7 +30,8 @@ LE_INLINE void dot_tile(const float *const *x, const T *const *a, int64_t k, flo
 #pragma GCC unroll 4
     for (int part = 0; part < PART; ++part) {
       int64_t at = p + part * W;
-      add(part, [at](const float *row) { return load(row + at); },
+      add(
+          part, [at](const float *row) { return load(row + at); },
           [at](const T *row) { return load(row + at); });
     }
   }
@@ -38,11 +39,13 @@ LE_INLINE void dot_tile(const float *const *x, const T *const *a, int64_t k, flo
   for (int part = 0; part < PART; ++part) {
     int64_t left = k - p;
     if (left >= W) {
-      add(part, [p](const float *row) { return load(row + p); },
+      add(
+          part, [p](const float *row) { return load(row + p); },
           [p](const T *row) { return load(row + p); });
       p += W;
     } else if (left > 0) {
-      add(part, [p, left](const float *row) { return load_part(row + p, left); },
+      add(
+          part, [p, left](const float *row) { return load_part(row + p, left); },
           [p, left](const T *row) { return load_part(row + p, left); });
       p = k;
     }
@@ -127,11 +130,9 @@ LE_INLINE void expand_rows(int64_t terms, const float *c, int64_t ldc, const TB 
   int64_t at = 0;
   for (; at + NV * W <= n; at += NV * W)
     columns_tile<TB, TY, MT, NV>(terms, c, ldc, b, at, y, accumulate);
-  for (; at + W <= n; at += W)
-    columns_tile<TB, TY, MT, 1>(terms, c, ldc, b, at, y, accumulate);
+  for (; at + W <= n; at += W) columns_tile<TB, TY, MT, 1>(terms, c, ldc, b, at, y, accumulate);
   if (at < n)
-    for (int i = 0; i < MT; ++i)
-      columns_part(terms, c + i * ldc, b, at, n - at, y[i], accumulate);
+    for (int i = 0; i < MT; ++i) columns_part(terms, c + i * ldc, b, at, n - at, y[i], accumulate);
 }
 
 template <class TB, class TY>
@@ -173,7 +174,8 @@ LE_INLINE void update_loop(const Update &u) {
     F fisher = EWC ? load_part(u.fisher + i, left) : F{};
     F anchor = EWC ? load_part(u.anchor + i, left) : F{};
     T part[W];
-    store_stochastic(part, step(load_part(src + i, left), load_part(u.vec + i, left), fisher, anchor),
+    store_stochastic(part,
+                     step(load_part(src + i, left), load_part(u.vec + i, left), fisher, anchor),
                      u.element + static_cast<uint32_t>(i), u);
     copy_part(dst + i, part, left);
   }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
+import stat
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -38,7 +40,7 @@ def _exchange(a: Path, b: Path) -> bool:
     if call(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
         return False
     raise OSError(code, os.strerror(code), os.fspath(b))
 
@@ -60,40 +62,130 @@ def _alive(pid: str) -> bool:
 
 def _sweep(folder: Path) -> None:
     """Removes what killed savers of this folder left beside it."""
-    for left in folder.parent.glob(f".{folder.name}.tmp-*"):
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.tmp-*"):
         if not _alive(left.name.rsplit(".tmp-", 1)[1].split("-")[0]):
             shutil.rmtree(left, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(_set_aside(folder), ignore_errors=True)
+
+
+def _has_mounts(folder: Path) -> bool:
+    """Whether the folder is a mount point or holds one."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    name = os.fsencode(folder)
+    for plain in (b"\\", b" ", b"\t", b"\n"):  # as mountinfo writes them
+        name = name.replace(plain, b"\\%03o" % ord(plain))
+    return any((mount.split()[4] + b"/").startswith(name + b"/") for mount in mounts)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raises before a process is left without its folder, or a mount without its files."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        here = None
+    if here is not None and (folder == here or folder in here.parents):
+        raise ValueError(
+            f"{folder}: expected a folder that can be replaced whole, got the working folder"
+            " or one above it"
+        )
+    if _has_mounts(folder):
+        raise OSError(errno.EBUSY, "expected a folder without mount points", os.fspath(folder))
+
+
+def _link(source: str | Path, to: str | Path) -> None:
+    """The same file under a second name, or where the disk has no such thing a copy."""
+    try:
+        os.link(source, to, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, to, follow_symlinks=False)
+
+
+def _carry_over(folder: Path, to: Path, ours: frozenset[str]) -> None:
+    for entry in folder.iterdir():
+        if entry.name in ours:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, to / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, to / entry.name)
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None], ours: frozenset[str]) -> None:
     """Calls ``write`` on a temporary sibling, then puts that in the folder's place.
 
-    Files of the old folder other than ``ours`` are carried over. If anything
-    raises, Ctrl-C included, the folder is as it was.
+    Whatever else the old folder holds than ``ours`` is carried over, and so are
+    its permissions. If anything raises, Ctrl-C included, the folder is as it was.
+    Raises ValueError for the working folder and those above it, OSError.
     """
     folder = Path(os.path.realpath(folder))
+    _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover(folder)
     _sweep(folder)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-{os.getpid()}-", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-{uuid.uuid4().hex}")
     try:
-        os.chmod(temporary, 0o755)
-        if folder.exists():
-            for entry in folder.iterdir():
-                if entry.name not in ours and entry.is_file():
-                    os.link(entry, temporary / entry.name)
-                elif entry.name not in ours:
-                    shutil.copytree(entry, temporary / entry.name, symlinks=True)
+        os.mkdir(temporary)
+        replaces = folder.exists()
+        if replaces:
+            _carry_over(folder, temporary, ours)
         write(temporary)
+        if replaces:
+            os.chmod(temporary, stat.S_IMODE(folder.stat().st_mode))
         _sync_folder(temporary)
-        if not folder.exists():
+        if not replaces:
             os.rename(temporary, folder)
         elif not _exchange(temporary, folder):
             old = _set_aside(folder)
-            shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
             os.rename(temporary, folder)
             shutil.rmtree(old, ignore_errors=True)
         _sync_folder(folder.parent)
     finally:
+        recover(folder)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---- reading ----------------------------------------------------------------
+
+
+def _read_at(handle: int, name: str, limit: int | None) -> bytes | None:
+    """A file of an open folder, cut after limit + 1 bytes; None where there is none."""
+    try:
+        file = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=handle)  # no wait for a pipe
+    except FileNotFoundError:
+        return None
+    with open(file, "rb") as opened:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            return None
+        return opened.read(-1 if limit is None else limit + 1)
+
+
+def _is_at(handle: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(folder))
+    except FileNotFoundError:
+        return False
+
+
+def read_files(folder: Path, limits: Mapping[str, int | None]) -> dict[str, bytes]:
+    """Those of the named files that are there, all of one state of the folder.
+
+    limits: the most bytes of each; of a longer file one byte more is read. Where
+    the folder is replaced meanwhile, its old files or all of the new are read.
+    """
+    while True:
+        recover(folder)
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        try:
+            read = {name: _read_at(handle, name, limit) for name, limit in limits.items()}
+            if None not in read.values() or _is_at(handle, folder):
+                return {name: data for name, data in read.items() if data is not None}
+        finally:
+            os.close(handle)

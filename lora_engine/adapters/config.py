@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+MAX_SIZE = 2**31 - 1
+MAX_FLOAT = 3.4028234663852886e38
 
 PRESETS: dict[str, tuple[int, tuple[str, ...], bool]] = {
     # name: (rank, target modules, gradient_checkpointing), as the RuvLLM guide's tuning tables
@@ -13,6 +21,19 @@ PRESETS: dict[str, tuple[int, tuple[str, ...], bool]] = {
     "high_quality": (4, ("q_proj", "k_proj", "v_proj", "o_proj"), False),
     "minimal_memory": (1, ("q_proj",), True),
 }
+
+
+def _whole(value: Any) -> int | None:
+    """The value as an int, NumPy's included; None where it is no whole number."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _is_name(value: Any) -> bool:
+    """Whether files can hold it as a module's name."""
+    return isinstance(value, str) and value != "" and value.isprintable()
 
 
 @dataclass(frozen=True)
@@ -24,7 +45,7 @@ class MicroLoRAConfig:
     gradient_checkpointing: under torch autograd, recompute h = A x in the
     backward pass instead of keeping it. seed: of the first A and of dropout.
 
-    Raises ValueError for a value out of range.
+    Raises ValueError for a value of another kind or out of range.
     """
 
     in_features: int
@@ -41,23 +62,49 @@ class MicroLoRAConfig:
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, expected: str) -> None:
             if not ok:
-                got = getattr(self, name)
-                raise ValueError(f"MicroLoRAConfig: {name}: expected {expected}, got {got!r}")
+                got = repr(getattr(self, name))[:200]
+                raise ValueError(f"MicroLoRAConfig: {name}: expected {expected}, got {got}")
 
-        check("in_features", self.in_features >= 1, "at least 1")
-        check("out_features", self.out_features >= 1, "at least 1")
-        check("rank", 1 <= self.rank <= 65536, "1 to 65536")
-        check("alpha", math.isfinite(self.alpha), "a finite number")
-        check("dropout", 0.0 <= self.dropout < 1.0, "0 <= p < 1")
-        check("seed", self.seed >= 0, "0 or more")
-        check("target_modules", not isinstance(self.target_modules, str), "a sequence of names")
-        check("target_modules", len(self.target_modules) > 0, "at least one name")
-        names = tuple(self.target_modules)
+        def whole(name: str, low: int, high: int, expected: str) -> None:
+            value = _whole(getattr(self, name))
+            check(name, value is not None and low <= value <= high, expected)
+            object.__setattr__(self, name, value)
+
+        def number(name: str, expected: str) -> float:
+            value = getattr(self, name)
+            check(name, isinstance(value, Real) and not isinstance(value, bool), expected)
+            check(name, abs(value) <= MAX_FLOAT, expected)  # and no NaN
+            object.__setattr__(self, name, float(value))
+            return float(value)
+
+        whole("in_features", 1, MAX_SIZE, "a whole number of at least 1")
+        whole("out_features", 1, MAX_SIZE, "a whole number of at least 1")
+        whole("rank", 1, 65536, "a whole number from 1 to 65536")
+        whole("seed", 0, 2**64 - 1, "a whole number from 0 to 2^64 - 1")
+        number("alpha", "a number within float32's range")
+        check("dropout", 0.0 <= number("dropout", "0 <= p < 1") < 1.0, "0 <= p < 1")
+        for name in ("use_rslora", "gradient_checkpointing"):
+            check(name, isinstance(getattr(self, name), (bool, np.bool_)), "True or False")
+            object.__setattr__(self, name, bool(getattr(self, name)))
+        names = self.target_modules
+        # No set: the order of the names fixes what each module draws from the seed.
+        ordered = isinstance(names, Sequence) and not isinstance(names, (str, bytes))
+        check("target_modules", ordered, "a sequence of names")
+        names = tuple(names)
+        check("target_modules", len(names) > 0, "at least one name")
+        check("target_modules", all(map(_is_name, names)), "names of printable text")
         check("target_modules", len(set(names)) == len(names), "names that differ")
         object.__setattr__(self, "target_modules", names)
-        for name, shape in (self.shapes or {}).items():
-            check("shapes", name in names, f"names in target_modules, not {name!r}")
-            check("shapes", len(shape) == 2 and min(shape) >= 1, "(in, out) of at least 1")
+        if self.shapes is not None:
+            check("shapes", isinstance(self.shapes, Mapping), "{name: (in, out)}")
+            shapes = {}
+            for name, shape in self.shapes.items():
+                check("shapes", name in names, f"names in target_modules, not {name!r}")
+                pair = tuple(map(_whole, shape)) if isinstance(shape, (tuple, list)) else ()
+                fits = len(pair) == 2 and all(n is not None and 1 <= n <= MAX_SIZE for n in pair)
+                check("shapes", fits, "(in, out), whole numbers of at least 1")
+                shapes[name] = pair
+            object.__setattr__(self, "shapes", shapes)
 
     @property
     def scaling(self) -> float:

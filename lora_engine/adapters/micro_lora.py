@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import zlib
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,8 @@ from lora_engine.adapters.pool import AdapterPool
 
 if TYPE_CHECKING:
     from lora_engine.learning.feedback import Feedback
+
+_NO_ROWS = "x has no rows: nothing was learned"
 
 
 class AdaptResult(NamedTuple):
@@ -39,13 +42,39 @@ class _Module:
         self.steps = 0  # adapts so far
         self.gradient: np.ndarray | None = None
         self.samples = 0
+        self.lock = threading.Lock()  # of gradient and samples
 
-    def pending(self) -> np.ndarray:
-        if self.gradient is None:
-            self.gradient = np.zeros(self.storage.gradient_size(self.slot), np.float32)
-        return self.gradient
+    def accumulate(self, x: Any, grad: Any, h: Any = None) -> tuple[int, float, int]:
+        """Adds a gradient to what waits, and gives (outcome, norm of the sum, rows).
+
+        h: A x where it was kept. A gradient with NaN or Inf is not added.
+        """
+        with self.lock:
+            if self.gradient is None:
+                size = self.storage.gradient_size(self.slot)
+                self.gradient = np.zeros(size, np.float32)
+            outcome, norm = self.storage.gradient(x, grad, self.slot, h, self.gradient)
+            rows = x.shape[0] if x.ndim == 2 else 1
+            if outcome == ops.APPLIED:
+                self.samples += rows
+        return outcome, norm, rows
+
+    def apply(self, step: Any) -> tuple[int, float]:
+        """A step with the mean of what waits, which is then dropped."""
+        with self.lock:
+            if not self.samples:
+                return ops.NO_ADAPTER, 0.0
+            result: tuple[int, float] = self.storage.apply(
+                self.gradient, self.slot, 1.0 / self.samples, step
+            )
+            self._drop()
+        return result
 
     def clear(self) -> None:
+        with self.lock:
+            self._drop()
+
+    def _drop(self) -> None:
         if self.gradient is not None:
             self.gradient.fill(0.0)
         self.samples = 0
@@ -62,12 +91,15 @@ class MicroLoRA:
     def __init__(self, config: MicroLoRAConfig) -> None:
         self.config = config
         self._modules: dict[str, _Module] = {}
-        self._step: tuple[float, Any] = (0.0, None)
+        self._step: tuple[float, Any] | None = None
+        self._peft_config: dict[str, Any] = {}
         rng = np.random.default_rng(config.seed)
         pools: dict[tuple[int, int], AdapterPool] = {}
         for name in config.target_modules:
             shape = config.shape(name)
-            pool = pools.setdefault(shape, AdapterPool(*shape, seed=config.seed))
+            if shape not in pools:
+                pools[shape] = AdapterPool(*shape, seed=config.seed)
+            pool = pools[shape]
             bound = 1.0 / math.sqrt(shape[0])
             A = rng.uniform(-bound, bound, (config.rank, shape[0])).astype(np.float32)
             slot = pool.add(A, np.zeros((shape[1], config.rank), np.float32), config.scaling)
@@ -89,8 +121,9 @@ class MicroLoRA:
     def forward(self, x: Any, module: str, out: Any = None) -> Any:
         """The delta of a module, scaling B (A x): [out] or [n, out], in ``out`` if given.
 
-        A torch x that requires grad is differentiated through, and the backward
-        pass adds the adapter's gradient to what ``apply_updates`` applies.
+        A torch x that requires grad, of any number of dimensions, is differentiated
+        through, and the backward pass adds the adapter's gradient to what
+        ``apply_updates`` applies.
         """
         m = self._modules.get(module) or self._module(module)
         if type(x) is not np.ndarray and getattr(x, "requires_grad", False):
@@ -100,13 +133,19 @@ class MicroLoRA:
     def forward_add(self, x: Any, module: str, y: Any) -> Any:
         """y += delta, in place; returns y."""
         m = self._modules.get(module) or self._module(module)
+        if y is None:
+            raise ValueError("MicroLoRA.forward_add: y: expected an array [n, out], got none")
         return m.storage.forward_slot(x, m.slot, y, True, False, m.out)
 
     def _forward_autograd(self, x: Any, m: _Module, out: Any) -> Any:
         import torch
 
         if not torch.is_grad_enabled():
-            return m.storage.forward_slot(x.detach(), m.slot, out, False, False, m.out)
+            x = x.detach()
+            if x.ndim <= 2 or out is not None:
+                return m.storage.forward_slot(x, m.slot, out, False, False, m.out)
+            rows = m.storage.forward_slot(x.flatten(0, -2), m.slot, None, False, False, m.out)
+            return rows.reshape(*x.shape[:-1], m.out)
         if out is not None:
             raise ValueError("MicroLoRA.forward: out: expected None for an x that requires grad")
         from lora_engine.torch_ops import micro_lora_delta
@@ -126,29 +165,36 @@ class MicroLoRA:
         """
         start = perf_counter()
         m = self._modules.get(module) or self._module(module)
-        grad = feedback.output_gradient(self, x, module)
+        try:
+            output_gradient = feedback.output_gradient
+        except AttributeError:
+            got = type(feedback).__name__
+            raise TypeError(f"MicroLoRA.adapt: feedback: expected a Feedback, got {got}") from None
+        grad = output_gradient(self, x, module)
         if self.config.dropout:
             x = self._dropped(x, m)
         if lr is None:
-            rows = x.shape[0] if x.ndim == 2 else 1
-            outcome, norm = m.storage.gradient(x, grad, m.slot, None, m.pending())
-            if outcome == ops.APPLIED:
-                m.samples += rows
-                norm /= rows
+            outcome, norm, rows = m.accumulate(x, grad)
+            norm /= max(rows, 1)
         else:
             outcome, norm = m.storage.adapt_slot(x, grad, m.slot, self._step_of(lr))
+        note = _NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
         if outcome == ops.APPLIED:
             m.steps += 1
         latency = (perf_counter() - start) * 1e6
-        return AdaptResult(outcome == ops.APPLIED, ops.NOTES[outcome], latency, norm)
+        return AdaptResult(outcome == ops.APPLIED, note, latency, norm)
 
     def _step_of(self, lr: float) -> Any:
-        if self._step[0] != lr or self._step[1] is None:
-            self._step = (lr, ops.make_step(lr))
-        return self._step[1]
+        kept = self._step  # read once: other threads may step with another lr
+        if kept is None or kept[0] != lr:
+            lr = float(lr)
+            kept = self._step = (lr, ops.make_step(lr))
+        return kept[1]
 
     def _dropped(self, x: Any, m: _Module) -> Any:
         """x with a mask that is a function of (seed, module, step), scaled by 1/(1-p)."""
+        if not hasattr(x, "shape"):
+            return x  # for the op to refuse
         keep = 1.0 - self.config.dropout
         key = [self.config.seed & 0xFFFFFFFFFFFFFFFF, (m.dropout_key << 32) ^ m.steps]
         drawn = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
@@ -157,7 +203,7 @@ class MicroLoRA:
             return x * mask
         import torch
 
-        return x * torch.from_numpy(mask).to(x.dtype)
+        return (x * torch.from_numpy(mask)).to(x.dtype)
 
     def apply_updates(self, lr: float) -> AdaptResult:
         """One step with the mean of what was accumulated in every module, then cleared."""
@@ -165,14 +211,13 @@ class MicroLoRA:
         step = self._step_of(lr)
         applied, notes, norms = False, [], 0.0
         for name, m in self._modules.items():
-            if not m.samples:
+            outcome, norm = m.apply(step)
+            if outcome == ops.NO_ADAPTER:
                 continue
-            outcome, norm = m.storage.apply(m.pending(), m.slot, 1.0 / m.samples, step)
             applied = applied or outcome == ops.APPLIED
             norms += norm * norm
             if ops.NOTES[outcome]:
                 notes.append(f"{name}: {ops.NOTES[outcome]}")
-            m.clear()
         if not applied and not notes:
             notes.append("nothing was accumulated")
         latency = (perf_counter() - start) * 1e6
@@ -190,9 +235,10 @@ class MicroLoRA:
         m = self._module(module)
         want = ((self.config.rank, m.pool.in_features), (m.out, self.config.rank))
         for name, got, shape in (("A", A, want[0]), ("B", B, want[1])):
-            if tuple(got.shape) != shape:
+            if tuple(np.shape(got)) != shape:
                 raise ValueError(
-                    f"MicroLoRA.set_weights: {name}: expected shape {shape}, got {tuple(got.shape)}"
+                    f"MicroLoRA.set_weights: {name}: expected shape {shape},"
+                    f" got {tuple(np.shape(got))}"
                 )
         m.pool.set(m.slot, A, B, self.config.scaling)
         m.clear()
@@ -221,10 +267,13 @@ class MicroLoRA:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """A PEFT adapter folder, and beside it the engine's own state (step counts).
 
-        Each file is replaced atomically; PEFT ignores the state file.
+        The folder is replaced whole: a kill leaves the old one or the new. Whatever
+        else it holds is kept; PEFT ignores the state file. Raises OSError, and
+        ValueError for the working folder, which cannot be replaced.
         """
-        state = {name: np.array([m.steps], np.int64) for name, m in self._modules.items()}
-        peft_format.save(folder, self.config, self._tensors(), state)
+        steps = {name: m.steps for name, m in self._modules.items()}
+        content = peft_format.Folder(self.config, self._tensors(), steps, self._peft_config)
+        peft_format.save(folder, content)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> MicroLoRA:
@@ -234,10 +283,11 @@ class MicroLoRA:
         FileNotFoundError. A state file that belongs to other weights is dropped
         with a warning.
         """
-        config, tensors, state = peft_format.load(folder)
-        lora = cls(config)
-        lora._set_tensors(tensors, os.fspath(folder))
-        for name, steps in state.items():
+        content = peft_format.load(folder)
+        lora = cls(content.config)
+        lora._set_tensors(content.tensors, os.fspath(folder))
+        lora._peft_config = content.peft_config
+        for name, steps in content.steps.items():
             if name in lora._modules:
-                lora._modules[name].steps = int(steps[0])
+                lora._modules[name].steps = steps
         return lora

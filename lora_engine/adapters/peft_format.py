@@ -12,13 +12,14 @@ import json
 import os
 import struct
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_engine.adapters import atomic
-from lora_engine.adapters.config import MicroLoRAConfig
+from lora_engine.adapters.config import MAX_FLOAT, MicroLoRAConfig
 from lora_engine.errors import FormatError
 
 CONFIG_FILE = "adapter_config.json"
@@ -52,10 +53,9 @@ def _check_header(data: bytes, source: str) -> int:
     if len(data) < 8:
         raise FormatError(f"{source}: expected safetensors, got {len(data)} bytes")
     (length,) = struct.unpack("<Q", data[:8])
-    if length > min(MAX_HEADER, len(data) - 8):
-        raise FormatError(
-            f"{source}: header: expected at most {min(MAX_HEADER, len(data) - 8)} bytes, got {length}"
-        )
+    most = min(MAX_HEADER, len(data) - 8)
+    if length > most:
+        raise FormatError(f"{source}: header: expected at most {most} bytes, got {length}")
     return int(length)
 
 
@@ -71,7 +71,7 @@ def from_bytes(data: bytes, source: str) -> Tensors:
     data = bytes(data)
     _check_header(data, source)
     try:
-        entries = safetensors.deserialize(data)
+        entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise FormatError(f"{source}: expected safetensors: {error}") from None
     tensors = {}
@@ -79,17 +79,26 @@ def from_bytes(data: bytes, source: str) -> Tensors:
         shape, raw = entry["shape"], entry["data"]
         if entry["dtype"] == "BF16":
             wide = np.frombuffer(raw, np.uint16).astype(np.uint32) << np.uint32(16)
-            tensors[name] = wide.view(np.float32).reshape(shape)
+            values = wide.view(np.float32)
         elif entry["dtype"] in _DTYPES:
-            tensors[name] = np.frombuffer(raw, _DTYPES[entry["dtype"]]).reshape(shape)
+            values = np.frombuffer(raw, _DTYPES[entry["dtype"]])
         else:
-            raise FormatError(f"{source}: {name}: dtype {entry['dtype']} is not supported")
+            raise FormatError(f"{source}: {_short(name)}: dtype {entry['dtype']} is not supported")
+        try:
+            tensors[name] = values.reshape(shape)
+        except ValueError as error:
+            raise FormatError(f"{source}: {_short(name)}: {_short(str(error))}") from None
     return tensors
+
+
+def _short(text: str) -> str:
+    """Text from a file as a message holds it."""
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _metadata(data: bytes, source: str) -> dict[str, str]:
     header = json.loads(data[8 : 8 + _check_header(data, source)])
-    return {str(k): str(v) for k, v in header.get("__metadata__", {}).items()}
+    return {str(k): str(v) for k, v in (header.get("__metadata__") or {}).items()}
 
 
 # ---- factors by PEFT's key names --------------------------------------------
@@ -111,16 +120,17 @@ def from_tensors(tensors: Tensors, source: str) -> dict[str, tuple[np.ndarray, n
         suffix = next((s for s in (_A, _B) if key.endswith(s)), None)
         if suffix is None or not key.startswith(_PREFIX):
             raise FormatError(
-                f"{source}: {key}: expected a key like {_PREFIX}<module>{_A} or ...{_B}"
+                f"{source}: {_short(key)}: expected a key like {_PREFIX}<module>{_A} or ...{_B}"
             )
         if tensor.ndim != 2 or tensor.dtype.kind != "f" or 0 in tensor.shape:
             raise FormatError(
-                f"{source}: {key}: expected a float matrix, got {tensor.dtype} {list(tensor.shape)}"
+                f"{source}: {_short(key)}: expected a float matrix,"
+                f" got {tensor.dtype} {list(tensor.shape)}"
             )
         with np.errstate(over="ignore"):
             values = tensor.astype(np.float32)
         if not np.isfinite(values).all():
-            raise FormatError(f"{source}: {key}: expected finite numbers, got NaN or Inf")
+            raise FormatError(f"{source}: {_short(key)}: expected finite numbers, got NaN or Inf")
         found.setdefault(key[len(_PREFIX) : -len(suffix)], {})[suffix] = values
     if not found:
         raise FormatError(f"{source}: expected at least one adapted module, got none")
@@ -128,12 +138,12 @@ def from_tensors(tensors: Tensors, source: str) -> dict[str, tuple[np.ndarray, n
     for name, pair in found.items():
         for suffix in (_A, _B):
             if suffix not in pair:
-                raise FormatError(f"{source}: {_PREFIX}{name}{suffix}: missing")
+                raise FormatError(f"{source}: {_PREFIX}{_short(name)}{suffix}: missing")
         A, B = pair[_A], pair[_B]
         if A.shape[0] != B.shape[1] or A.shape[0] > MAX_RANK:
             raise FormatError(
-                f"{source}: {_PREFIX}{name}{_B}: expected shape [out, {A.shape[0]}] of a rank of at"
-                f" most {MAX_RANK}, got {list(B.shape)}"
+                f"{source}: {_PREFIX}{_short(name)}{_B}: expected shape [out, {A.shape[0]}] of a"
+                f" rank of at most {MAX_RANK}, got {list(B.shape)}"
             )
         factors[name] = (A, B)
     return factors
@@ -143,12 +153,12 @@ def check_modules(
     factors: dict[str, tuple[np.ndarray, np.ndarray]], config: MicroLoRAConfig, source: str
 ) -> None:
     """Raises FormatError unless the factors are those of the config, module for module."""
-    missing = [name for name in config.target_modules if name not in factors]
-    extra = [name for name in factors if name not in config.target_modules]
-    if missing or extra:
-        raise FormatError(
-            f"{source}: expected modules {list(config.target_modules)}, got {list(factors)}"
-        )
+    for name in config.target_modules:
+        if name not in factors:
+            raise FormatError(f"{source}: {_PREFIX}{name}{_A}: missing")
+    for name in factors:
+        if name not in config.target_modules:
+            raise FormatError(f"{source}: {_short(name)}: expected modules of the config only")
     for name, (A, B) in factors.items():
         d_in, d_out = config.shape(name)
         want = ((config.rank, d_in), (d_out, config.rank))
@@ -162,16 +172,12 @@ def check_modules(
 # ---- folders ----------------------------------------------------------------
 
 
-def _peft_config(config: MicroLoRAConfig) -> dict[str, Any]:
+def _peft_config(config: MicroLoRAConfig, kept: dict[str, Any]) -> dict[str, Any]:
+    """kept: what the folder's config held when it was loaded."""
     return {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": list(config.target_modules),
-        "use_rslora": config.use_rslora,
         "rank_pattern": {},
         "alpha_pattern": {},
         "fan_in_fan_out": False,
@@ -179,19 +185,34 @@ def _peft_config(config: MicroLoRAConfig) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
+        **kept,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(config.target_modules),
+        "use_rslora": config.use_rslora,
     }
 
 
-def save(
-    folder: str | os.PathLike[str], config: MicroLoRAConfig, tensors: Tensors, state: Tensors
-) -> None:
+class Folder(NamedTuple):
+    """What an adapter folder holds."""
+
+    config: MicroLoRAConfig
+    tensors: Tensors
+    steps: dict[str, int]  # adapts of each module
+    peft_config: dict[str, Any]  # as read, with keys the engine has no use for
+
+
+def save(folder: str | os.PathLike[str], content: Folder) -> None:
     """Replaces the folder whole; other files in it are kept."""
-    weights = to_bytes(tensors)
+    config = content.config
+    weights = to_bytes(content.tensors)
+    text = json.dumps(_peft_config(config, content.peft_config), indent=2) + "\n"
     own = {"seed": config.seed, "gradient_checkpointing": config.gradient_checkpointing}
     metadata = {"weights_sha256": hashlib.sha256(weights).hexdigest(), "config": json.dumps(own)}
+    state = {name: np.array([steps], np.int64) for name, steps in content.steps.items()}
 
     def write(to: Path) -> None:
-        text = json.dumps(_peft_config(config), indent=2) + "\n"
         atomic.write_file(to / CONFIG_FILE, text.encode())
         atomic.write_file(to / WEIGHTS_FILE, weights)
         atomic.write_file(to / STATE_FILE, to_bytes(state, metadata))
@@ -199,101 +220,117 @@ def save(
     atomic.replace_folder(Path(folder), write, FILES)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_JSON:
-        raise FormatError(f"{path}: expected at most {MAX_JSON} bytes, got {path.stat().st_size}")
+def _read_config(source: str, data: bytes) -> dict[str, Any]:
+    if len(data) > MAX_JSON:
+        raise FormatError(f"{source}: expected at most {MAX_JSON} bytes, got more")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: expected JSON: {error}") from None
+        raise FormatError(f"{source}: expected JSON: {error}") from None
     if not isinstance(config, dict):
-        raise FormatError(f"{path}: expected a JSON object, got {type(config).__name__}")
+        raise FormatError(f"{source}: expected a JSON object, got {type(config).__name__}")
     return config
 
 
+# Each makes of the same A and B another delta.
+_PLAIN_LORA_LACKS = (
+    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "use_qalora",
+    "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+)  # fmt: skip
+
+
 def _to_config(
-    path: Path, raw: dict[str, Any], factors: dict[str, tuple[np.ndarray, np.ndarray]]
+    source: str, raw: dict[str, Any], factors: dict[str, tuple[np.ndarray, np.ndarray]]
 ) -> MicroLoRAConfig:
     def bad(key: str, expected: str) -> FormatError:
-        return FormatError(f"{path}: {key}: expected {expected}, got {raw.get(key)!r}"[:400])
+        got = _short(repr(raw.get(key)))
+        return FormatError(f"{source}: {key}: expected {expected}, got {got}")
 
     def number(key: str, default: Any) -> float:
         value = raw.get(key, default)
+        # Beyond float32 nothing is stored; NaN is beyond it too.
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise bad(key, "a number")
+        if not abs(value) <= MAX_FLOAT:
+            raise bad(key, "a number within float32's range")
         return float(value)
 
     if raw.get("peft_type") != "LORA":
         raise bad("peft_type", "LORA")
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"):
+    for key in _PLAIN_LORA_LACKS:
         if raw.get(key):
             raise bad(key, "nothing: a MicroLoRA is plain LoRA of one rank and alpha")
     if raw.get("bias", "none") != "none":
         raise bad("bias", "none")
-    rank = number("r", None)
+    rank, alpha = number("r", None), number("lora_alpha", 8)
     if rank != int(rank) or not 1 <= rank <= MAX_RANK:
         raise bad("r", f"a whole number from 1 to {MAX_RANK}")
+    dropout = number("lora_dropout", 0.0)
+    if not 0.0 <= dropout < 1.0:
+        raise bad("lora_dropout", "0 <= p < 1")
+    use_rslora = raw.get("use_rslora", False)
+    if not isinstance(use_rslora, bool):
+        raise bad("use_rslora", "true or false")
     shapes = {name: (A.shape[1], B.shape[0]) for name, (A, B) in factors.items()}
     first = next(iter(shapes.values()))
     listed = raw.get("target_modules")
-    order = [m for m in listed if m in factors] if isinstance(listed, list) else []
-    names = [*order, *(name for name in factors if name not in order)]
+    order = [m for m in listed if isinstance(m, str)] if isinstance(listed, list) else []
+    names = dict.fromkeys([*(m for m in order if m in factors), *factors])
     try:
-        config = MicroLoRAConfig(
+        return MicroLoRAConfig(
             *first,
             rank=int(rank),
-            alpha=number("lora_alpha", 8),
-            dropout=number("lora_dropout", 0.0),
+            alpha=alpha,
+            dropout=dropout,
             target_modules=tuple(names),
             shapes={name: shape for name, shape in shapes.items() if shape != first} or None,
-            use_rslora=bool(raw.get("use_rslora", False)),
+            use_rslora=use_rslora,
         )
     except ValueError as error:
-        raise FormatError(f"{path}: {error}") from None
-    return config
+        raise FormatError(f"{source}: {_short(str(error))}") from None
 
 
-def _read_state(folder: Path, weights: bytes) -> tuple[dict[str, Any], Tensors]:
-    """(own config values, tensors), empty where the state is of other weights."""
-    path = folder / STATE_FILE
-    if not path.is_file():
-        return {}, {}
+def _read_state(
+    source: str, data: bytes, weights: bytes, config: MicroLoRAConfig
+) -> tuple[MicroLoRAConfig, dict[str, int]]:
+    """The config with the engine's own values and the step counts, if of these weights."""
     try:
-        data = path.read_bytes()
-        state = from_bytes(data, str(path))
-        metadata = _metadata(data, str(path))
-        own = json.loads(metadata.get("config", "{}"))
+        state = from_bytes(data, source)
+        metadata = _metadata(data, source)
         if metadata.get("weights_sha256") != hashlib.sha256(weights).hexdigest():
-            raise FormatError(f"{path}: it belongs to other weights")
-        if not isinstance(own, dict) or any(v.shape != (1,) for v in state.values()):
-            raise FormatError(f"{path}: expected step counts")
-    except (FormatError, ValueError) as error:
+            raise FormatError(f"{source}: it belongs to other weights")
+        own = json.loads(metadata.get("config", "{}"))
+        if not isinstance(own, dict):
+            raise FormatError(f"{source}: config: expected a JSON object")
+        names = ("seed", "gradient_checkpointing")
+        config = replace(config, **{name: own[name] for name in names if name in own})
+        for name, count in state.items():
+            if count.shape != (1,) or count.dtype != np.int64 or count[0] < 0:
+                raise FormatError(f"{source}: {_short(name)}: expected a step count")
+        return config, {name: int(count[0]) for name, count in state.items()}
+    except (ValueError, RecursionError) as error:
         warnings.warn(f"engine state dropped: {error}", stacklevel=4)
-        return {}, {}
-    return own, state
+        return config, {}
 
 
-def load(folder: str | os.PathLike[str]) -> tuple[MicroLoRAConfig, Tensors, Tensors]:
-    """(config, tensors, state) of an adapter folder of one rank.
+def load(folder: str | os.PathLike[str]) -> Folder:
+    """What an adapter folder of one rank holds.
 
     Raises FormatError naming file and key, FileNotFoundError.
     """
     path = Path(os.path.realpath(folder))
-    atomic.recover(path)
+    files = atomic.read_files(path, {CONFIG_FILE: MAX_JSON, WEIGHTS_FILE: None, STATE_FILE: None})
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (path / name).is_file():
+        if name not in files:
             raise FileNotFoundError(f"{path / name}: expected an adapter folder's file, got none")
-    raw = _read_config(path / CONFIG_FILE)
-    weights = (path / WEIGHTS_FILE).read_bytes()
+    raw = _read_config(str(path / CONFIG_FILE), files[CONFIG_FILE])
     source = str(path / WEIGHTS_FILE)
-    tensors = from_bytes(weights, source)
+    tensors = from_bytes(files[WEIGHTS_FILE], source)
     factors = from_tensors(tensors, source)
-    config = _to_config(path / CONFIG_FILE, raw, factors)
+    config = _to_config(str(path / CONFIG_FILE), raw, factors)
     check_modules(factors, config, source)
-    own, state = _read_state(path, weights)
-    seed, checkpointing = own.get("seed", 0), own.get("gradient_checkpointing", False)
-    if isinstance(seed, int) and seed >= 0:
-        from dataclasses import replace
-
-        config = replace(config, seed=seed, gradient_checkpointing=bool(checkpointing))
-    return config, tensors, state
+    steps: dict[str, int] = {}
+    if STATE_FILE in files:
+        state = files[STATE_FILE]
+        config, steps = _read_state(str(path / STATE_FILE), state, files[WEIGHTS_FILE], config)
+    return Folder(config, tensors, steps, raw)

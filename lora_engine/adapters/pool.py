@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_engine import backends, ops
+from lora_engine import ops
+from lora_engine.backends import chosen
 
 if TYPE_CHECKING:
     from lora_engine.learning.ewc import EWC
@@ -55,8 +56,14 @@ class AdapterPool:
         self.slices: tuple[int, ...] = tuple(int(out) for out in slices)
         self.out_features = sum(self.slices)
         self.dtype = str(dtype)
-        self._storage = backends.chosen().Pool(
-            self.in_features, list(self.slices), self.dtype, capacity or 0, max_rank or 0, history, seed
+        self._storage = chosen().Pool(
+            self.in_features,
+            list(self.slices),
+            self.dtype,
+            capacity or 0,
+            max_rank or 0,
+            history,
+            seed,
         )
 
     def __len__(self) -> int:
@@ -65,7 +72,9 @@ class AdapterPool:
 
     def __repr__(self) -> str:
         shape = f"{self.in_features}, {self.slices if self._sliced else self.out_features}"
-        return f"AdapterPool({shape}, dtype={self.dtype!r}): {len(self)} adapters, {self.nbytes} bytes"
+        return (
+            f"AdapterPool({shape}, dtype={self.dtype!r}): {len(self)} adapters, {self.nbytes} bytes"
+        )
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +106,10 @@ class AdapterPool:
             for r, out in zip(ranks, self.slices, strict=True)
         ]
         if not self._sliced and A[0] is None:
-            A[0], B[0] = np.empty((0, self.in_features), "f4"), np.empty((self.out_features, 0), "f4")
+            A[0], B[0] = (
+                np.empty((0, self.in_features), "f4"),
+                np.empty((self.out_features, 0), "f4"),
+            )
         scaling = float(self._storage.read(slot, A, B))
         return (A, B, scaling) if self._sliced else (A[0], B[0], scaling)
 

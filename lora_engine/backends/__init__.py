@@ -1,7 +1,7 @@
 """The registry of backends: what computes the ops.
 
 A backend is a module with the functions ``lora_delta`` and ``ewc_step`` and the
-class ``Pool``, all with the signatures of ``lora_engine._C``.
+classes ``Pool``, ``Step`` and ``Ewc``, all with the signatures of ``lora_engine._C``.
 """
 
 from __future__ import annotations

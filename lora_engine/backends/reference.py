@@ -58,7 +58,14 @@ def lora_delta(x: Any, A: Any, B: Any, scaling: float, out: Any, accumulate: boo
 
 
 def ewc_step(
-    theta: Any, grad: Any, fisher: Any, anchor: Any, lr: float, ewc_lambda: float, seed: int, version: int
+    theta: Any,
+    grad: Any,
+    fisher: Any,
+    anchor: Any,
+    lr: float,
+    ewc_lambda: float,
+    seed: int,
+    version: int,
 ) -> None:
     values = reference.ewc_step(
         _read(theta), _read(grad), _read(fisher), _read(anchor), lr, ewc_lambda
@@ -80,8 +87,14 @@ class Pool:
     """As ``_C.Pool``: storage of many adapters, here in Python lists."""
 
     def __init__(
-        self, in_features: int, out_features: list[int], dtype: str, capacity: int, max_rank: int,
-        history: int, seed: int,
+        self,
+        in_features: int,
+        out_features: list[int],
+        dtype: str,
+        capacity: int,
+        max_rank: int,
+        history: int,
+        seed: int,
     ) -> None:
         if dtype not in ("float32", "bfloat16"):
             raise TypeError(f"AdapterPool: dtype: expected float32 or bfloat16, got {dtype}")
@@ -98,7 +111,9 @@ class Pool:
         if array is None:
             return None
         values = _read(array)
-        if values.ndim != 2 or any(w not in (None, g) for w, g in zip(like, values.shape, strict=True)):
+        if values.ndim != 2 or any(
+            w not in (None, g) for w, g in zip(like, values.shape, strict=True)
+        ):
             raise ValueError(f"AdapterPool: A, B: expected shape {like}, got {values.shape}")
         rounded = values.astype(np.float32)
         return reference.round_bfloat16(rounded) if self.dtype == "bfloat16" else rounded
@@ -166,7 +181,10 @@ class Pool:
 
     def info(self) -> tuple[int, int, int]:
         size = sum(
-            m.nbytes for s in self._slots.values() for m in (*s.adapter.A, *s.adapter.B) if m is not None
+            m.nbytes
+            for s in self._slots.values()
+            for m in (*s.adapter.A, *s.adapter.B)
+            if m is not None
         )
         return len(self._slots), self._issued, size
 
@@ -197,7 +215,11 @@ class Pool:
         now = self._get(slot)
         record = step.ewc.find(slot) if step.ewc else None
         values = reference.Step(
-            step.lr, step.max_norm or None, step.lr_ratio, step.train_A, step.weight_decay,
+            step.lr,
+            step.max_norm or None,
+            step.lr_ratio,
+            step.train_A,
+            step.weight_decay,
             step.ewc.ewc_lambda if step.ewc else 0.0,
         )
         fisher, anchor = record or (None, None)
@@ -232,9 +254,12 @@ class Pool:
         w = None if weights is None else np.asarray(weights)
         outcomes = np.zeros(slots.shape, dtype=np.uint8)
         for slot, adapter in self._adapters(slots).items():
-            gA, gB = reference.slot_gradients(_rows(x), _rows(grad), adapter, self.outs, slot, slots, w)
+            gA, gB = reference.slot_gradients(
+                _rows(x), _rows(grad), adapter, self.outs, slot, slots, w
+            )
             outcomes[slots == slot] = self._apply(slot, gA, gB, step)[0]
-        return outcomes if outcomes.ndim == 1 else outcomes.max(axis=1)
+        by_row: np.ndarray = outcomes if outcomes.ndim == 1 else outcomes.max(axis=1)
+        return by_row
 
     def adapt_slot(self, x: Any, grad: Any, slot: int, step: Step) -> tuple[int, float]:
         rows = _rows(x)
@@ -279,7 +304,8 @@ class Pool:
 
     def shrink(self, x: Any, slot: int) -> np.ndarray:
         parts = [_rows(x) @ A.T for A in self._get(slot).adapter.A if A is not None]
-        return np.concatenate(parts, axis=1).astype(np.float32)
+        h: np.ndarray = np.concatenate(parts, axis=1).astype(np.float32)
+        return h
 
 
 class Ewc:
@@ -296,7 +322,9 @@ class Ewc:
         for got, factor in ((fisher_A, adapter.A), (fisher_B, adapter.B)):
             for g, f in zip(got, factor, strict=True):
                 if f is not None and np.shape(g) != f.shape:
-                    raise ValueError(f"EWC.set: fisher: expected shape {f.shape}, got {np.shape(g)}")
+                    raise ValueError(
+                        f"EWC.set: fisher: expected shape {f.shape}, got {np.shape(g)}"
+                    )
         self._records[slot] = ((list(fisher_A), list(fisher_B)), adapter)
 
     def find(self, slot: int) -> Any:

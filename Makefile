@@ -1,0 +1,51 @@
+# make demo    per-user adapters that learn while they serve, on handwritten digits
+# make test    the proof: style, types, tests
+# make bench   latencies against peers, pytest-benchmark
+# make full    the tests again, with far more drawn cases
+# Each makes or reuses .venv; nothing but Python >= 3.10, pip and a C++17 compiler is needed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A build in pip's isolation is pinned too, under the name that old and new pips know.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint bench full format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/lora-engine demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest bench
+	$(BIN)/python -m bench.table
+
+full: lint
+	LORA_ENGINE_TEST_PROFILE=full $(BIN)/python -m pytest
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+# One stamp an extra: .venv/.test holds when .[test] is installed from these sources.
+$(VENV)/.%: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build

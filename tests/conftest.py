@@ -1,0 +1,26 @@
+"""Settings of the test run."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+
+import lora_engine as le
+
+hypothesis.settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("full", max_examples=1500, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("LORA_ENGINE_TEST_PROFILE", "quick"))
+
+
+def pytest_report_header() -> str:
+    return f"lora_engine: {le.backends()['cpu']}"
+
+
+@pytest.fixture
+def threads():
+    """Restores the thread count; use as ``threads(2)``."""
+    before = le.get_num_threads()
+    yield le.set_num_threads
+    le.set_num_threads(before)
