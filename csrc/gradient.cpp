@@ -20,18 +20,27 @@ double norm_squared(const Kernels &k, const float *v, int64_t n) {
   return wide;
 }
 
-int64_t slice_column(const AdapterPool &pool, int s) {
-  int64_t column = 0;
-  for (int i = 0; i < s; ++i) column += pool.slice_out(i);
-  return column;
-}
-
 // to [count, rank] = the dot products of the inputs with rows of weights.
 void dots(const Kernels &k, int32_t dtype, const float *const *inputs, int64_t count,
           const char *weights, int64_t length, int64_t rank, float *to, GradientBuffers &b) {
   const void **rows = b.pointers.get(rank);
   for (int64_t j = 0; j < rank; ++j) rows[j] = weights + j * length * dtype_size(dtype);
   k.shrink[dtype](count, inputs, rank, rows, length, rank, to, rank);
+}
+
+// The same for one input, and the input's squared norm: with float32 weights in
+// one pass, the input being one more row.
+double dots_and_norm(const Kernels &k, int32_t dtype, const float *input, const char *weights,
+                     int64_t length, int64_t rank, float *to, GradientBuffers &b) {
+  if (dtype != LE_FLOAT32) {
+    dots(k, dtype, &input, 1, weights, length, rank, to, b);
+    return norm_squared(k, input, length);
+  }
+  const void **rows = b.pointers.get(rank + 1);
+  for (int64_t j = 0; j < rank; ++j) rows[j] = weights + j * length * dtype_size(dtype);
+  rows[rank] = input;
+  k.shrink[dtype](1, &input, rank + 1, rows, length, rank, to, rank + 1);
+  return std::isfinite(to[rank]) ? to[rank] : norm_squared(k, input, length);
 }
 
 // h [count, rank] = A x and g [count, rank] = B^T grad of one slice.
@@ -62,26 +71,22 @@ const float **sample_rows(const Kernels &k, const Rows &from, const Samples &sam
 
 const GradientRow *one_sample(const Kernels &k, const AdapterPool &pool, const Block &block,
                               const Samples &samples, GradientBuffers &b) {
-  int64_t in = pool.in_features(), ranks = 0;
+  int64_t in = pool.in_features(), ranks = 0, count = 0;
   for (int s = 0; s < pool.num_slices(); ++s) ranks += block.ranks[s];
   GradientRow *to = b.rows.get(2 * ranks);
-  const float **x = sample_rows(k, samples.x, samples, 0, 1, b.x, b.x_rows);
-  const float **grad = sample_rows(k, samples.grad, samples, 0, 1, b.grad, b.grad_rows);
-  const float *whole_grad = grad[0];
-  double x_norm2 = norm_squared(k, x[0], in);
-  int64_t count = 0;
-  int64_t rank_before = 0;
-  for (int s = 0; s < pool.num_slices(); ++s) {
+  const float *x = sample_rows(k, samples.x, samples, 0, 1, b.x, b.x_rows)[0];
+  const float *grad = sample_rows(k, samples.grad, samples, 0, 1, b.grad, b.grad_rows)[0];
+  for (int s = 0; s < pool.num_slices(); grad += pool.slice_out(s), ++s) {
     SliceView view = pool.slice(block, s);
     if (!view.rank) continue;
-    grad[0] = whole_grad + slice_column(pool, s);
-    float *h = b.h.get(view.rank), *g = b.g.get(view.rank);
-    project(k, pool, view, s, samples, 0, 1, rank_before, x, grad, h, g, b);
-    rank_before += view.rank;
-    double grad_norm2 = norm_squared(k, grad[0], pool.slice_out(s));
+    int64_t rank = view.rank;
+    float *h = b.h.get(rank + 1), *g = b.g.get(rank + 1);
+    double x_norm2 = dots_and_norm(k, pool.dtype(), x, view.a, in, rank, h, b);
+    double grad_norm2 =
+        dots_and_norm(k, pool.dtype(), grad, view.bt, pool.slice_out(s), rank, g, b);
     float scale = samples.pairs[0].weight * block.scaling / static_cast<float>(samples.rows);
-    for (int32_t j = 0; j < view.rank; ++j) to[count++] = {x[0], scale * g[j], x_norm2};
-    for (int32_t j = 0; j < view.rank; ++j) to[count++] = {grad[0], scale * h[j], grad_norm2};
+    for (int64_t j = 0; j < rank; ++j) to[count++] = {x, scale * g[j], x_norm2};
+    for (int64_t j = 0; j < rank; ++j) to[count++] = {grad, scale * h[j], grad_norm2};
   }
   return to;
 }

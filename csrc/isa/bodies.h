@@ -73,7 +73,8 @@ void shrink(int64_t m, const float *const *x, int64_t r, const void *const *rows
   int64_t i = 0;
   if (rank_total <= 2) {
     for (; i < m; ++i) {
-      int64_t j = dot_tiles<T, 1, 2, 4>(x + i, 0, r, a, k, h + i * ldh, ldh);
+      int64_t j = dot_tiles<T, 1, 3, 4>(x + i, 0, r, a, k, h + i * ldh, ldh);
+      j = dot_tiles<T, 1, 2, 4>(x + i, j, r, a, k, h + i * ldh, ldh);
       dot_tiles<T, 1, 1, 4>(x + i, j, r, a, k, h + i * ldh, ldh);
     }
     return;
@@ -151,7 +152,7 @@ void expand(int64_t m, int64_t terms, const float *c, int64_t ldc, const void *c
 // ---- update -----------------------------------------------------------------
 
 template <class T, bool EWC>
-LE_INLINE void update_loop(const Update &u) {
+LE_INLINE void update_loop(const Update u) {  // by value: no store can alias it
   const T *src = static_cast<const T *>(u.src);
   T *dst = static_cast<T *>(u.dst);
   const F decay = set1(u.decay), coef = set1(-u.coef), penalty = set1(u.penalty);
@@ -164,19 +165,23 @@ LE_INLINE void update_loop(const Update &u) {
     return next;
   };
   int64_t i = 0;
-  for (; i + W <= u.n; i += W) {
-    F fisher = EWC ? load(u.fisher + i) : F{}, anchor = EWC ? load(u.anchor + i) : F{};
-    store_stochastic(dst + i, step(load(src + i), load(u.vec + i), fisher, anchor),
-                     u.element + static_cast<uint32_t>(i), u);
+  auto whole = [&](int64_t at) {
+    F fisher = EWC ? load(u.fisher + at) : F{}, anchor = EWC ? load(u.anchor + at) : F{};
+    store_stochastic(dst + at, step(load(src + at), load(u.vec + at), fisher, anchor),
+                     u.element + static_cast<uint32_t>(at), u);
+  };
+  for (; i + 4 * W <= u.n; i += 4 * W) {
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) whole(i + part * W);
   }
+  for (; i + W <= u.n; i += W) whole(i);
   if (i < u.n) {
     int64_t left = u.n - i;
     F fisher = EWC ? load_part(u.fisher + i, left) : F{};
     F anchor = EWC ? load_part(u.anchor + i, left) : F{};
+    F next = step(load_part(src + i, left), load_part(u.vec + i, left), fisher, anchor);
     T part[W];
-    store_stochastic(part,
-                     step(load_part(src + i, left), load_part(u.vec + i, left), fisher, anchor),
-                     u.element + static_cast<uint32_t>(i), u);
+    store_stochastic(part, next, u.element + static_cast<uint32_t>(i), u);
     copy_part(dst + i, part, left);
   }
 }

@@ -309,7 +309,8 @@ def _read_state(
                 raise FormatError(f"{source}: {_short(name)}: expected a step count")
         return config, {name: int(count[0]) for name, count in state.items()}
     except (ValueError, RecursionError) as error:
-        warnings.warn(f"engine state dropped: {error}", stacklevel=4)
+        why = error if isinstance(error, FormatError) else f"{source}: {error}"
+        warnings.warn(f"engine state dropped: {why}", stacklevel=4)
         return config, {}
 
 

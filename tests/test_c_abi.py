@@ -1,0 +1,161 @@
+"""The C ABI through ctypes: what a host that is not Python sees."""
+
+from __future__ import annotations
+
+import ctypes as c
+
+import numpy as np
+import pytest
+
+from lora_engine import _C, reference
+
+LIB = c.CDLL(_C.__file__)
+OK, VALUE, TYPE, INDEX = 0, 1, 2, 3
+
+
+class LeArray(c.Structure):
+    _fields_ = [
+        ("data", c.c_void_p),
+        ("shape", c.c_int64 * 4),
+        ("strides", c.c_int64 * 4),
+        ("ndim", c.c_int32),
+        ("dtype", c.c_int32),
+        ("flags", c.c_uint32),
+    ]
+
+
+class LePoolOptions(c.Structure):
+    _fields_ = [
+        ("in_features", c.c_int64),
+        ("out_features", c.POINTER(c.c_int64)),
+        ("num_slices", c.c_int32),
+        ("dtype", c.c_int32),
+        ("capacity", c.c_int64),
+        ("max_rank", c.c_int32),
+        ("history", c.c_int32),
+        ("seed", c.c_uint64),
+    ]
+
+
+class LeStep(c.Structure):
+    _fields_ = [
+        ("lr", c.c_float),
+        ("lr_ratio", c.c_float),
+        ("max_norm", c.c_float),
+        ("weight_decay", c.c_float),
+        ("train_A", c.c_int32),
+        ("ewc", c.c_void_p),
+    ]
+
+
+for name in ("le_last_error", "le_status_string", "le_isa", "le_isa_built"):
+    getattr(LIB, name).restype = c.c_char_p
+LIB.le_pool_create.argtypes = [c.c_void_p, c.POINTER(LePoolOptions), c.POINTER(c.c_void_p)]
+for name in ("le_last_error", "le_context_destroy", "le_pool_destroy", "le_get_num_threads"):
+    getattr(LIB, name).argtypes = [c.c_void_p]
+LIB.le_pool_add.argtypes = [c.c_void_p, *[c.POINTER(LeArray)] * 2, c.c_float, c.POINTER(c.c_int32)]
+LIB.le_pool_forward.argtypes = [
+    c.c_void_p,
+    *[c.POINTER(LeArray)] * 3,
+    c.c_int32,
+    c.POINTER(LeArray),
+]
+LIB.le_pool_adapt.argtypes = [
+    c.c_void_p,
+    *[c.POINTER(LeArray)] * 4,
+    c.POINTER(LeStep),
+    c.c_void_p,
+]
+LIB.le_pool_remove.argtypes = [c.c_void_p, c.c_int32]
+
+
+def view(a: np.ndarray) -> LeArray:
+    dtype = {"float32": 0, "int32": 3}[a.dtype.name]
+    shape = (c.c_int64 * 4)(*a.shape)
+    strides = (c.c_int64 * 4)(*[s // a.itemsize for s in a.strides])
+    return LeArray(a.ctypes.data, shape, strides, a.ndim, dtype, 0)
+
+
+@pytest.fixture()
+def handles():
+    ctx, pool = c.c_void_p(), c.c_void_p()
+    assert LIB.le_context_create(2, c.byref(ctx)) == OK
+    out = c.c_int64(8)
+    options = LePoolOptions(16, c.pointer(out), 1, 0, 0, 0, 0, 0)
+    assert LIB.le_pool_create(ctx, c.byref(options), c.byref(pool)) == OK
+    yield ctx, pool
+    LIB.le_pool_destroy(pool)
+    LIB.le_context_destroy(ctx)
+
+
+def add(pool, seed=0):
+    rng = np.random.default_rng(seed)
+    A, B = rng.standard_normal((2, 16)).astype("f4"), rng.standard_normal((8, 2)).astype("f4")
+    slot = c.c_int32(-1)
+    assert LIB.le_pool_add(pool, view(A), view(B), 0.5, c.byref(slot)) == OK
+    return slot.value, A, B
+
+
+def test_version_isa_and_threads(handles):
+    assert LIB.le_abi_version() == 1
+    assert LIB.le_version() == 0x000100
+    assert LIB.le_isa().decode() == _C.isa()
+    assert LIB.le_isa_built(0, None) == b"generic"
+    assert LIB.le_isa_built(99, None) is None
+    assert LIB.le_get_num_threads(handles[0]) == 2
+    assert LIB.le_status_string(INDEX) == b"no such slot"
+    assert LIB.le_status_string(99) == b"unknown status"
+
+
+def test_forward_and_adapt_match_the_reference(handles):
+    _, pool = handles
+    slot, A, B = add(pool)
+    rng = np.random.default_rng(1)
+    x, grad = rng.standard_normal((3, 16)).astype("f4"), rng.standard_normal((3, 8)).astype("f4")
+    ids = np.array([slot, -1, slot], "i4")
+    y = np.full((3, 8), np.nan, "f4")
+    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 0, view(y)) == OK
+    want = reference.lora_delta(x, A, B, 0.5)
+    assert np.allclose(y[[0, 2]], want[[0, 2]], rtol=0, atol=1e-5)
+    assert (y[1] == 0).all()
+
+    outcomes = np.full(3, 9, "u1")
+    step = LeStep(0.1, 1.0, 0.0, 0.0, 1, None)
+    status = LIB.le_pool_adapt(
+        pool, view(x), view(grad), view(ids), None, step, outcomes.ctypes.data
+    )
+    assert (status, outcomes.tolist()) == (OK, [1, 0, 1])
+    gA, gB = reference.adapter_gradients(x[[0, 2]], grad[[0, 2]], A, B, 0.5)
+    moved = reference.lora_delta(x, A - 0.05 * gA, B - 0.05 * gB, 0.5)
+    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 0, view(y)) == OK
+    assert np.allclose(y[[0, 2]], moved[[0, 2]], rtol=0, atol=1e-5)
+
+
+def test_errors_are_statuses_with_words(handles):
+    ctx, pool = handles
+    slot, *_ = add(pool)
+    x, y, ids = np.ones((1, 15), "f4"), np.full((1, 8), 7.0, "f4"), np.array([slot], "i4")
+    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 1, view(y)) == VALUE
+    assert LIB.le_last_error(ctx) == (
+        b"batched_lora_delta: x: expected shape [n, in] = [n, 16], got [1, 15]"
+    )
+    x = np.ones((1, 16), "f4")
+    assert LIB.le_pool_forward(pool, view(x), view(x), None, 1, view(y)) == TYPE
+    assert LIB.le_pool_remove(pool, slot) == OK
+    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 1, view(y)) == INDEX
+    assert LIB.le_pool_remove(pool, slot) == INDEX
+    assert b"removed" in LIB.le_last_error(ctx)
+    assert (y == 7.0).all()
+
+
+def test_null_pointers_are_refused(handles):
+    ctx, pool = handles
+    x, y = np.ones((1, 16), "f4"), np.ones((1, 8), "f4")
+    ids = np.zeros(1, "i4")
+    assert LIB.le_pool_forward(None, view(x), view(ids), None, 1, view(y)) == VALUE
+    assert b"pool: expected a pointer, got NULL" in LIB.le_last_error(ctx)
+    assert LIB.le_pool_forward(pool, None, view(ids), None, 1, view(y)) == VALUE
+    assert LIB.le_pool_forward(pool, view(x), None, None, 1, view(y)) == VALUE
+    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 1, None) == VALUE
+    assert LIB.le_pool_create(ctx, None, None) == VALUE
+    assert LIB.le_context_create(-1, c.byref(c.c_void_p())) == VALUE
