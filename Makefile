@@ -13,7 +13,7 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint bench full format clean
+.PHONY: demo test lint bench full lanes format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora-engine demo
@@ -31,8 +31,19 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench
 	$(BIN)/python -m bench.table
 
-full: lint
+full: lint lanes
 	LORA_ENGINE_TEST_PROFILE=full $(BIN)/python -m pytest
+
+# The op tests on the avx512 kernels, their 16 lanes made of AVX2 instructions.
+LANES := $(CURDIR)/build/lanes
+SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+lanes: $(VENV)/.test
+	$(BIN)/python -m venv $(LANES)
+	echo '$(SITE)' > $(LANES)/lib/$(notdir $(abspath $(SITE)/..))/site-packages/of_test.pth
+	$(LANES)/bin/python -m pip install --quiet --no-deps . \
+		-C cmake.define.LORA_ENGINE_AVX512_ON_AVX2=ON -C build-dir=build/lanes/build
+	cd tests && LORA_ENGINE_ISA=avx512 $(LANES)/bin/python -m pytest -q \
+		test_lora_delta.py test_batched_lora_delta.py test_batched_adapt.py test_ewc.py
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -6,7 +6,7 @@ Everything is a function of seeds, so that another process rebuilds the same bit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +17,11 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 FEATURES, CLASSES = 4096, 10
+USERS, TUNING_USERS = 64, 20
 KINDS = ("clean", "shifted", "rotated", "inverted", "scrambled")
 _SIDE = 8
 _PIXELS = _SIDE * _SIDE
+_USERS_SEED, _TUNING_SEED, _ORDER_SEED = 1, 2, 3
 _BASE_IMAGES, _STREAM_IMAGES, _HELD_OUT_IMAGES = 500, 600, 500  # the rest is for tuning
 
 
@@ -39,11 +41,11 @@ class Users(NamedTuple):
 
     def view(self, user: int, images: Floats) -> Floats:
         """Many images as one user sees them."""
-        return images @ self.matrices[user].T + self.offsets[user]
+        return np.asarray(images @ self.matrices[user].T + self.offsets[user])
 
     def views(self, images: Floats) -> Floats:
         """The i-th image as the i-th user sees it."""
-        return np.einsum("uij,uj->ui", self.matrices, images) + self.offsets
+        return np.asarray(np.einsum("uij,uj->ui", self.matrices, images) + self.offsets)
 
 
 class World:
@@ -78,6 +80,26 @@ class World:
         """The frozen classifier's logits [n, 10]."""
         return features @ self._base
 
+    def batches(self, users: Users, rounds: int) -> Iterator[tuple[Floats, Ints]]:
+        """(features, labels) of a round's images, one for each user.
+
+        Each user has the stream in an order of its own, and no image comes
+        again before all have come.
+        """
+        rng = np.random.default_rng(_ORDER_SEED)
+        orders = np.stack([rng.permutation(len(self.stream.labels)) for _ in users.kinds])
+        for turn in range(rounds):
+            drawn = orders[:, turn % orders.shape[1]]
+            yield self.features(users.views(self.stream.images[drawn])), self.stream.labels[drawn]
+
+
+def loss_gradient(logits: Floats, labels: Ints) -> Floats:
+    """dL/dy of the softmax cross-entropy: probabilities minus the label."""
+    gradient: Floats = np.exp(logits - logits.max(axis=1, keepdims=True))
+    gradient /= gradient.sum(axis=1, keepdims=True)
+    gradient[np.arange(len(labels)), labels] -= 1.0
+    return gradient
+
 
 def _fit_base(features: Floats, labels: Ints) -> Floats:
     """[4096, 10]: ridge regression onto the labels, solved exactly.
@@ -89,6 +111,16 @@ def _fit_base(features: Floats, labels: Ints) -> Floats:
     gram = (features @ features.T).astype(np.float64)
     dual = np.linalg.solve(gram + 0.01 * FEATURES * np.eye(len(labels)), targets)
     return np.asarray(features.T @ dual.astype(np.float32))
+
+
+def reported_users() -> Users:
+    """Those whose accuracy is printed."""
+    return make_users(USERS, _USERS_SEED)
+
+
+def tuning_users() -> Users:
+    """Others, that the learning rate is chosen on."""
+    return make_users(TUNING_USERS, _TUNING_SEED)
 
 
 def make_users(count: int, seed: int) -> Users:

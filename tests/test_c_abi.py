@@ -76,7 +76,7 @@ def view(a: np.ndarray) -> LeArray:
     return LeArray(a.ctypes.data, shape, strides, a.ndim, dtype, 0)
 
 
-@pytest.fixture()
+@pytest.fixture
 def handles():
     ctx, pool = c.c_void_p(), c.c_void_p()
     assert LIB.le_context_create(2, c.byref(ctx)) == OK
