@@ -52,7 +52,7 @@ struct ThreadPool::State {
   alignas(64) std::atomic<int64_t> door{0};
   alignas(64) std::atomic<int64_t> next{0};
   int64_t tasks = 0;
-  int64_t places = 0;  // workers the job takes
+  std::atomic<int64_t> places{0};  // workers the job takes; read before entering
   TaskFn fn = nullptr;
   void *body = nullptr;
   std::atomic<bool> out_of_memory{false};
@@ -75,7 +75,7 @@ struct ThreadPool::State {
 
   bool enter() {
     int64_t seen = door.load(std::memory_order_acquire);
-    while ((seen & kOpen) && (seen & (kOpen - 1)) < places)
+    while ((seen & kOpen) && (seen & (kOpen - 1)) < places.load(std::memory_order_relaxed))
       if (door.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) return true;
     return false;
   }
@@ -152,7 +152,7 @@ bool ThreadPool::try_run(int64_t tasks, int threads, TaskFn fn, void *body) {
   s.fn = fn;
   s.body = body;
   s.tasks = tasks;
-  s.places = helpers;
+  s.places.store(helpers, std::memory_order_relaxed);
   s.out_of_memory.store(false, std::memory_order_relaxed);
   s.next.store(0, std::memory_order_relaxed);
   s.door.store(State::kOpen, std::memory_order_release);

@@ -370,6 +370,22 @@ def test_dropout_keeps_the_expectation(p, kind):
         assert len(np.unique(rows, axis=0)) > 0.9 * len(np.unique(rows[:, :16], axis=0)) > 50
 
 
+@kinds
+def test_dropout_scales_once_and_rounds_once(kind):
+    """In bfloat16 the rounding of 1/(1-p) itself would shift every value the same way."""
+    config = le.MicroLoRAConfig(64, 1, rank=64, alpha=64.0, dropout=0.1, target_modules=("q",))
+    lora = le.MicroLoRA(config)
+    lora.set_weights("q", np.eye(64, dtype="f4"), np.zeros((1, 64), "f4"))
+    x = to_dtype(np.random.default_rng(0).uniform(1, 2, 64), kind[1], kind[0])
+    grad = to_dtype(-np.ones(1), kind[1], kind[0])
+    assert lora.adapt(x, le.Feedback.from_gradient(grad), "q", lr=1.0).applied
+    seen = lora.weights("q")[1][0]  # x as it was after dropout
+    want = f64(to_dtype(f64(x) / 0.9, kind[1]))
+    kept = seen != 0
+    assert 40 < kept.sum() < 64
+    assert np.allclose(seen[kept], want[kept], rtol=1e-6)
+
+
 def test_dropout_repeats_with_seed_module_and_step():
     masks = dropped(5, 0.5, n=2)
     assert np.array_equal(masks, dropped(5, 0.5, n=2))

@@ -158,9 +158,10 @@ def _read_at(handle: int, name: str, limit: int | None) -> bytes | None:
         file = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=handle)  # no wait for a pipe
     except FileNotFoundError:
         return None
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        return None
     with open(file, "rb") as opened:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            return None
         return opened.read(-1 if limit is None else limit + 1)
 
 

@@ -25,6 +25,7 @@ from lora_engine.errors import FormatError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 STATE_FILE = "lora_engine_state.safetensors"
+STATE_KEY = "lora_engine"  # of the state file's metadata
 FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, STATE_FILE})
 
 MAX_JSON = 1 << 20
@@ -40,12 +41,15 @@ Tensors = dict[str, np.ndarray]
 # ---- safetensors ------------------------------------------------------------
 
 
-def to_bytes(tensors: Tensors, metadata: dict[str, str] | None = None) -> bytes:
-    """safetensors bytes; the same tensors give the same bytes."""
+def to_bytes(tensors: Tensors, key: str = "format", value: str = "pt") -> bytes:
+    """safetensors bytes; the same tensors give the same bytes.
+
+    key, value: the metadata, one entry: safetensors writes several in any order.
+    """
     from safetensors.numpy import save
 
     contiguous = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
-    return save(contiguous, metadata=metadata or {"format": "pt"})
+    return save(contiguous, metadata={key: value})
 
 
 def _check_header(data: bytes, source: str) -> int:
@@ -96,9 +100,13 @@ def _short(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _metadata(data: bytes, source: str) -> dict[str, str]:
+def _metadata(data: bytes, source: str, key: str) -> dict[str, Any]:
+    """The JSON object that the metadata holds under a key. Raises ValueError, RecursionError."""
     header = json.loads(data[8 : 8 + _check_header(data, source)])
-    return {str(k): str(v) for k, v in (header.get("__metadata__") or {}).items()}
+    value = json.loads((header.get("__metadata__") or {}).get(key, "null"))
+    if not isinstance(value, dict):
+        raise FormatError(f"{source}: {key}: expected a JSON object")
+    return value
 
 
 # ---- factors by PEFT's key names --------------------------------------------
@@ -116,7 +124,7 @@ def to_tensors(factors: dict[str, tuple[np.ndarray, np.ndarray]]) -> Tensors:
 def from_tensors(tensors: Tensors, source: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{module: (A [r, in], B [out, r])}, float32. Raises FormatError naming the key."""
     found: dict[str, dict[str, np.ndarray]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):  # safetensors gives them in any order
         suffix = next((s for s in (_A, _B) if key.endswith(s)), None)
         if suffix is None or not key.startswith(_PREFIX):
             raise FormatError(
@@ -208,14 +216,17 @@ def save(folder: str | os.PathLike[str], content: Folder) -> None:
     config = content.config
     weights = to_bytes(content.tensors)
     text = json.dumps(_peft_config(config, content.peft_config), indent=2) + "\n"
-    own = {"seed": config.seed, "gradient_checkpointing": config.gradient_checkpointing}
-    metadata = {"weights_sha256": hashlib.sha256(weights).hexdigest(), "config": json.dumps(own)}
+    own = {
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "seed": config.seed,
+        "gradient_checkpointing": config.gradient_checkpointing,
+    }
     state = {name: np.array([steps], np.int64) for name, steps in content.steps.items()}
 
     def write(to: Path) -> None:
         atomic.write_file(to / CONFIG_FILE, text.encode())
         atomic.write_file(to / WEIGHTS_FILE, weights)
-        atomic.write_file(to / STATE_FILE, to_bytes(state, metadata))
+        atomic.write_file(to / STATE_FILE, to_bytes(state, STATE_KEY, json.dumps(own)))
 
     atomic.replace_folder(Path(folder), write, FILES)
 
@@ -272,10 +283,10 @@ def _to_config(
     if not isinstance(use_rslora, bool):
         raise bad("use_rslora", "true or false")
     shapes = {name: (A.shape[1], B.shape[0]) for name, (A, B) in factors.items()}
-    first = next(iter(shapes.values()))
     listed = raw.get("target_modules")
     order = [m for m in listed if isinstance(m, str)] if isinstance(listed, list) else []
-    names = dict.fromkeys([*(m for m in order if m in factors), *factors])
+    names = list(dict.fromkeys([*(m for m in order if m in factors), *factors]))
+    first = shapes[names[0]]
     try:
         return MicroLoRAConfig(
             *first,
@@ -296,12 +307,9 @@ def _read_state(
     """The config with the engine's own values and the step counts, if of these weights."""
     try:
         state = from_bytes(data, source)
-        metadata = _metadata(data, source)
-        if metadata.get("weights_sha256") != hashlib.sha256(weights).hexdigest():
+        own = _metadata(data, source, STATE_KEY)
+        if own.get("weights_sha256") != hashlib.sha256(weights).hexdigest():
             raise FormatError(f"{source}: it belongs to other weights")
-        own = json.loads(metadata.get("config", "{}"))
-        if not isinstance(own, dict):
-            raise FormatError(f"{source}: config: expected a JSON object")
         names = ("seed", "gradient_checkpointing")
         config = replace(config, **{name: own[name] for name in names if name in own})
         for name, count in state.items():
