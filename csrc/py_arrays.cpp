@@ -58,6 +58,8 @@ void *not_null(void *p) {
 }
 
 Array from_numpy(PyArrayObject *a, const char *op, const char *arg) {
+  if (!PyArray_CheckExact(a) && nb::hasattr(reinterpret_cast<PyObject *>(a), "mask"))
+    raise(PyExc_TypeError, where(op, arg) + "a plain array, got a masked one");
   Array out;
   le_array &v = out.view;
   int ndim = PyArray_NDIM(a);
@@ -86,7 +88,8 @@ Array from_numpy(PyArrayObject *a, const char *op, const char *arg) {
 struct Torch {
   PyTypeObject *tensor = nullptr;  // torch.Tensor
   PyObject *is_grad_enabled = nullptr, *get_num_threads = nullptr;
-  PyObject *requires_grad = nullptr, *new_empty = nullptr;  // attribute names
+  // Attribute names.
+  PyObject *requires_grad = nullptr, *is_neg = nullptr, *new_empty = nullptr;
   DLExchange *exchange = nullptr;
 };
 Torch &torch() {
@@ -112,6 +115,7 @@ bool find_torch() {
   t.is_grad_enabled = nb::object(module.attr("is_grad_enabled")).release().ptr();
   t.get_num_threads = nb::object(module.attr("get_num_threads")).release().ptr();
   t.requires_grad = PyUnicode_InternFromString("requires_grad");
+  t.is_neg = PyUnicode_InternFromString("is_neg");
   t.new_empty = PyUnicode_InternFromString("new_empty");
   t.tensor = reinterpret_cast<PyTypeObject *>(type.release().ptr());
   return true;
@@ -134,6 +138,16 @@ void refuse_autograd(nb::handle object, const char *op, const char *arg) {
     raise(PyExc_ValueError, where(op, arg) +
                                 "a tensor outside autograd, got one that requires grad: "
                                 "wrap the call in torch.no_grad() or pass tensor.detach()");
+}
+
+// A view whose memory holds the negated values: torch.imag of a conjugate is one.
+void refuse_negated(nb::handle object, const char *op, const char *arg) {
+  nb::object negated = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), torch().is_neg));
+  if (!negated.is_valid()) throw nb::python_error();
+  if (negated.ptr() == Py_True)
+    raise(PyExc_ValueError, where(op, arg) +
+                                "plain memory, got a tensor with the negative bit set:"
+                                " pass tensor.resolve_neg()");
 }
 
 void set_dtype(le_array &v, uint8_t code, uint8_t bits, nb::handle object, const char *op,
@@ -178,7 +192,9 @@ Array from_exchange(nb::handle object, const char *op, const char *arg) {
   if (torch().exchange->tensor_from_object(object.ptr(), &t) != 0) {
     nb::python_error error;  // takes what torch raised
     if (text_of(object.attr("device").attr("type")) != "cpu") raise_device(object, op, arg);
-    throw error;
+    raise(PyExc_TypeError, where(op, arg) + "a dense tensor of float32, bfloat16 or int32, got " +
+                               text_of(object.attr("dtype")) + ", " +
+                               text_of(object.attr("layout")));
   }
   if (t.device_type != kCpu) raise_device(object, op, arg);
   Array out;
@@ -210,6 +226,7 @@ Array as_array(nb::handle object, const char *op, const char *arg) {
             text_of(
                 nb::handle(reinterpret_cast<PyObject *>(Py_TYPE(object.ptr()))).attr("__name__")));
   refuse_autograd(object, op, arg);
+  refuse_negated(object, op, arg);
   Array out = torch().exchange ? from_exchange(object, op, arg) : from_attributes(object, op, arg);
   out.torch = true;
   return out;

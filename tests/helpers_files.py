@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import lora_engine as le
 from lora_engine import reference
@@ -102,3 +103,45 @@ def run_python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *args], env=whole, capture_output=True, text=True, timeout=120, check=False
     )
+
+
+A_KEY, B_KEY = (f"base_model.model.q.lora_{which}.weight" for which in "AB")
+FILES = {CONFIG, WEIGHTS, STATE}
+
+
+def saved(tmp_path: Path, lora: le.MicroLoRA | None = None) -> Path:
+    folder = tmp_path / "adapter"
+    (lora or trained()).save(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.is_file()}
+
+
+def steps_of(lora: le.MicroLoRA) -> dict[str, int]:
+    return {name: m.steps for name, m in lora._modules.items()}
+
+
+OWN, KEPT = weight_bits(trained()), weight_bits(trained(draw=9))
+
+
+def check_refusal(error: pytest.ExceptionInfo, source: str) -> None:
+    assert str(error.value).startswith(source), error.value
+    assert len(str(error.value)) < 1000
+
+
+def dead_pid() -> int:
+    """The id of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def load_dropping(folder: Path, why: str) -> le.MicroLoRA:
+    """Loads a folder whose state file must be dropped, and say so."""
+    with pytest.warns(UserWarning, match=rf"^engine state dropped: .*{why}") as caught:
+        lora = le.MicroLoRA.load(folder)
+    assert Path(caught[0].filename) == Path(__file__)  # it points at who called load
+    assert STATE in str(caught[0].message)
+    return lora

@@ -183,6 +183,28 @@ def test_gradient_flows_through_a_network():
     assert torch.allclose(x.grad, (s * B.sum(0) @ A).expand(3, 7), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["columns", "every other", "expanded"])
+@checkpointing
+def test_layout_of_x_changes_no_bit(layout, recompute):
+    leaf = torch.randn(8, 14, requires_grad=True)
+    view = {
+        "columns": lambda: leaf[:7, :5].T,
+        "every other": lambda: leaf[::2, ::2],
+        "expanded": lambda: leaf[0, :7].expand(2, 3, 7),
+    }[layout]
+    up = torch.randn(*view().shape[:-1], 9)
+    lora, plain = (trained(7, 9, gradient_checkpointing=recompute) for _ in range(2))
+    lora.forward(view(), "q").backward(up)
+    got = leaf.grad
+    dense = view().detach().contiguous().requires_grad_()
+    plain.forward(dense, "q").backward(up)
+    leaf.grad = None
+    view().backward(dense.grad)
+    assert torch.equal(got, leaf.grad)
+    for a, b in zip(waiting(lora), waiting(plain), strict=True):
+        assert np.array_equal(a, b)
+
+
 def test_backward_twice_needs_and_counts_a_kept_graph():
     lora = trained(7, 9)
     x, up = drawn((4, 7))

@@ -7,6 +7,7 @@ import platform
 import sys
 import sysconfig
 import types
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -60,12 +61,18 @@ def test_installed_command_runs():
     ],
     ids=" ".join,
 )
-def test_wrong_use_exits_2_and_says_why(args, says):
-    ran = run_python("-m", "lora_engine.cli", *args)
-    assert ran.returncode == 2
-    assert says in ran.stderr
-    assert "usage: lora-engine" in ran.stderr
-    assert ran.stdout == ""
+def test_wrong_use_exits_2_and_says_why(args, says, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(args)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert says in err
+    assert "usage: lora-engine" in err
+    assert out == ""
+
+
+def test_process_exits_with_the_status():
+    assert run_python("-m", "lora_engine.cli", "nonsense").returncode == 2
 
 
 BLOCKED = """
@@ -209,15 +216,25 @@ print(json.dumps([chosen().__name__, found]))
 
 
 def test_reference_backend_learns_the_same(tmp_path):
+    modules = {"cpu": "lora_engine._C", "reference": "lora_engine.backends.reference"}
+
+    def learn(name):
+        return run_python(
+            "-W",
+            "error::UserWarning",
+            "-c",
+            LEARN,
+            str(tmp_path / name),
+            LORA_ENGINE_BACKEND=name,
+            PYTHONPATH=str(Path(__file__).parent),
+        )
+
     found = {}
-    for name, module in (("cpu", "_C"), ("reference", "backends.reference")):
-        ran = run_python(
-            "-W", "error::UserWarning", "-c", LEARN, str(tmp_path / name),
-            LORA_ENGINE_BACKEND=name, PYTHONPATH=str(Path(__file__).parent),
-        )  # fmt: skip
-        assert ran.returncode == 0, ran.stderr
-        used, found[name] = json.loads(ran.stdout)
-        assert used == f"lora_engine.{module}"
+    with ThreadPoolExecutor() as both:
+        for name, ran in zip(modules, both.map(learn, modules), strict=True):
+            assert ran.returncode == 0, ran.stderr
+            used, found[name] = json.loads(ran.stdout)
+            assert used == modules[name]
     assert found["cpu"].keys() == found["reference"].keys()
     moved = 0
     for key, got in found["cpu"].items():

@@ -93,6 +93,21 @@ CASES = {
         ValueError,
         "x: expected a tensor outside autograd",
     ),
+    "x-negated": (
+        {"x": torch._neg_view(torch.ones(N, IN))},
+        ValueError,
+        "x: expected plain memory, got a tensor with the negative bit set",
+    ),
+    "x-sparse": (
+        {"x": torch.ones(N, IN).to_sparse()},
+        TypeError,
+        "x: expected a dense tensor .*got torch.float32, torch.sparse_coo",
+    ),
+    "x-masked": (
+        {"x": np.ma.masked_array(np.ones((N, IN), "f4"), mask=True)},
+        TypeError,
+        "x: expected a plain array, got a masked one",
+    ),
     "ids-length": (
         {"ids": np.zeros(N + 1, "i4")},
         ValueError,

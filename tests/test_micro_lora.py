@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from time import perf_counter
 
 import numpy as np
 import pytest
-import torch
 from helpers import (
     LAYOUTS,
     TOLERANCE,
@@ -19,7 +17,7 @@ from helpers import (
     strided,
     to_dtype,
 )
-from helpers_files import mean_gradients, redraw, step_error, trained, weight_bits
+from helpers_files import mean_gradients, step_error, trained, weight_bits
 
 import lora_engine as le
 from lora_engine import reference
@@ -333,101 +331,6 @@ def test_ten_thousand_adapts_to_a_target_out_of_reach_stay_bounded():
     assert max(np.abs(w).max() for w in lora.weights("q")[:2]) < 10
 
 
-# ---- dropout ----------------------------------------------------------------
-
-
-def dropped(steps: int, p: float, *, seed: int = 0, module: str = "q", kind=KINDS[0], n: int = 1):
-    """The scaled masks that adapt put on x [n, 32], step by step, read from B.
-
-    With A the identity, B zero and x ones, gB = scaling grad maskᵀ.
-    """
-    config = le.MicroLoRAConfig(
-        32, n, rank=32, alpha=32.0, dropout=p, seed=seed, target_modules=(module,)
-    )
-    lora = le.MicroLoRA(config)
-    x = to_dtype(np.ones((n, 32)), kind[1], kind[0])
-    grad = to_dtype(-n * np.eye(n), kind[1], kind[0])  # output i hears row i alone
-    masks = []
-    for _ in range(steps):
-        lora.set_weights(module, np.eye(32, dtype="f4"), np.zeros((n, 32), "f4"))
-        assert lora.adapt(x, le.Feedback.from_gradient(grad), module, lr=1.0).applied
-        masks.append(lora.weights(module)[1])
-    return np.array(masks)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9], ids=lambda p: f"p{p}")
-@kinds
-def test_dropout_keeps_the_expectation(p, kind):
-    masks = dropped(200, p, kind=kind, n=4)
-    keep = np.float64(1 - p)
-    rel = 1e-6 if kind[1] == "float32" else 2**-8
-    assert np.allclose(masks[masks != 0], 1 / keep, rtol=rel)
-    kept = np.mean(masks != 0)
-    sigma = np.sqrt(p * keep / masks.size)
-    assert abs(kept - keep) <= 4 * sigma
-    if p:
-        rows = (masks != 0).reshape(-1, 32)
-        assert len(np.unique(rows, axis=0)) > 0.9 * len(np.unique(rows[:, :16], axis=0)) > 50
-
-
-@kinds
-def test_dropout_scales_once_and_rounds_once(kind):
-    """In bfloat16 the rounding of 1/(1-p) itself would shift every value the same way."""
-    config = le.MicroLoRAConfig(64, 1, rank=64, alpha=64.0, dropout=0.1, target_modules=("q",))
-    lora = le.MicroLoRA(config)
-    lora.set_weights("q", np.eye(64, dtype="f4"), np.zeros((1, 64), "f4"))
-    x = to_dtype(np.random.default_rng(0).uniform(1, 2, 64), kind[1], kind[0])
-    grad = to_dtype(-np.ones(1), kind[1], kind[0])
-    assert lora.adapt(x, le.Feedback.from_gradient(grad), "q", lr=1.0).applied
-    seen = lora.weights("q")[1][0]  # x as it was after dropout
-    want = f64(to_dtype(f64(x) / 0.9, kind[1]))
-    kept = seen != 0
-    assert 40 < kept.sum() < 64
-    assert np.allclose(seen[kept], want[kept], rtol=1e-6)
-
-
-def test_dropout_repeats_with_seed_module_and_step():
-    masks = dropped(5, 0.5, n=2)
-    assert np.array_equal(masks, dropped(5, 0.5, n=2))
-    assert np.array_equal(masks != 0, dropped(5, 0.5, n=2, kind=KINDS[2]) != 0)
-    for i in range(5):
-        for j in range(i):
-            assert not np.array_equal(masks[i], masks[j])
-    assert not np.array_equal(masks[:, 0], masks[:, 1])
-    for other in (dropped(5, 0.5, n=2, seed=1), dropped(5, 0.5, n=2, module="v")):
-        assert not (masks == other).all(axis=(1, 2)).any()
-
-
-def test_dropout_masks_the_accumulated_gradient_alike():
-    at_once, later = trained(dropout=0.5), trained(dropout=0.5)
-    rng = np.random.default_rng(3)
-    for _ in range(4):
-        x, grad = rng.standard_normal((2, 6)).astype("f4"), rng.standard_normal((2, 5)).astype("f4")
-        fb = le.Feedback.from_gradient(grad)
-        assert at_once.adapt(x, fb, "q", lr=0.1).applied
-        assert later.adapt(x, fb, "q").applied
-        assert later.apply_updates(lr=0.1).applied
-        for got, want in zip(later.weights("q")[:2], at_once.weights("q")[:2], strict=True):
-            assert np.allclose(got, want, rtol=1e-5, atol=1e-6)
-
-
-def test_refused_adapt_does_not_advance_dropout():
-    lora, spared = trained(dropout=0.5), trained(dropout=0.5)
-    fb = le.Feedback.from_gradient
-    x, grad = np.ones((1, 6), "f4"), np.ones((1, 5), "f4")
-    assert not lora.adapt(x, fb(grad * np.float32(np.nan)), "q", lr=0.1).applied
-    for each in (lora, spared):
-        assert each.adapt(x, fb(grad), "q", lr=0.1).applied
-    assert weight_bits(lora) == weight_bits(spared)
-
-
-@kinds
-def test_dropout_leaves_forward_alone(kind):
-    lora, x, _ = drawn((3, 33, 18, 2), kind, dropout=0.9)
-    plain = trained(33, 18, rank=2, alpha=3.0)
-    assert bits(lora.forward(x, "q")) == bits(plain.forward(x, "q"))
-
-
 # ---- configuration ----------------------------------------------------------
 
 
@@ -460,157 +363,3 @@ def test_rslora_scaling():
 
 def test_repr_names_what_it_adapts():
     assert repr(trained(rank=2, alpha=5.0)) == "MicroLoRA(rank=2, scaling=2.5, modules=['q'])"
-
-
-# ---- refusals ---------------------------------------------------------------
-
-X, G = np.ones((2, 6), "f4"), np.ones((2, 5), "f4")
-FB = le.Feedback.from_gradient(G)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda lora: lora.forward(X, "nope"),
-        lambda lora: lora.forward_add(X, "nope", G.copy()),
-        lambda lora: lora.adapt(X, FB, "nope", lr=0.1),
-        lambda lora: lora.weights("nope"),
-        lambda lora: lora.set_weights("nope", X, G),
-    ],
-    ids=["forward", "forward_add", "adapt", "weights", "set_weights"],
-)
-def test_unknown_module_is_named(call):
-    with pytest.raises(ValueError, match=r"expected one of q, v, got 'nope'"):
-        call(trained(target_modules=("q", "v")))
-
-
-@pytest.mark.parametrize(
-    ("error", "match", "call"),
-    [
-        (ValueError, r"x: .*\[n, 6\], got \[2, 5\]", lambda m: m.forward(G, "q")),
-        (ValueError, r"x: .*\[n, 6\], got \[1, 2, 6\]", lambda m: m.forward(X[None], "q")),
-        (ValueError, r"x: .*\[n, 6\], got \[\]", lambda m: m.forward(np.zeros((), "f4"), "q")),
-        (TypeError, r"x: .*got float64", lambda m: m.forward(X.astype("f8"), "q")),
-        (TypeError, r"x: .*got list", lambda m: m.forward(X.tolist(), "q")),
-        (TypeError, r"x: .*got list", lambda m: m.adapt(X.tolist(), FB, "q")),
-        (TypeError, r"x: .*got list", lambda m: m.adapt(X.tolist(), FB, "q", lr=0.1)),
-        (ValueError, r"out: .*got \[2, 6\]", lambda m: m.forward(X, "q", out=X.copy())),
-        (TypeError, r"out: .*got float64", lambda m: m.forward(X, "q", out=G.astype("f8"))),
-        (ValueError, r"y: .*got none", lambda m: m.forward_add(X, "q", None)),
-        (ValueError, r"grad: .*\[2, 5\], got \[1, 5\]",
-         lambda m: m.adapt(X, le.Feedback.from_gradient(G[:1]), "q")),
-        (TypeError, r"grad: .*got float64",
-         lambda m: m.adapt(X, le.Feedback.from_gradient(G.astype("f8")), "q", lr=0.1)),
-        (TypeError, r"feedback: expected a Feedback, got ndarray", lambda m: m.adapt(X, G, "q")),
-        (ValueError, r"Feedback: .*got none", lambda m: m.adapt(X, le.Feedback(), "q", lr=0.1)),
-        (ValueError, r"lr: .*got nan", lambda m: m.adapt(X, FB, "q", lr=float("nan"))),
-        (ValueError, r"lr: .*got -1", lambda m: m.adapt(X, FB, "q", lr=-1)),
-        (ValueError, r"lr: .*got inf", lambda m: m.adapt(X, FB, "q", lr=1e300)),
-        (ValueError, r"A: expected shape \(2, 6\), got \(2, 5\)",
-         lambda m: m.set_weights("q", G, G.T)),
-        (ValueError, r"B: expected shape \(5, 2\), got \(2, 5\)",
-         lambda m: m.set_weights("q", X, G)),
-        (TypeError, r"A: .*got float64", lambda m: m.set_weights("q", X.astype("f8"), G.T)),
-        (TypeError, r"A: .*got list", lambda m: m.set_weights("q", X.tolist(), G.T)),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["p0", "p0.5"])
-def test_refusal_names_the_argument_and_changes_nothing(error, match, call, dropout):
-    lora = trained(dropout=dropout)
-    before = weight_bits(lora)
-    with pytest.raises(error, match=match):
-        call(lora)
-    assert weight_bits(lora) == before
-    assert lora.apply_updates(lr=0.1).note == "nothing was accumulated"
-
-
-def test_refused_apply_keeps_what_waits():
-    lora, spared = trained(), trained()
-    for each in (lora, spared):
-        each.adapt(X, FB, "q")
-    with pytest.raises(ValueError, match="lr"):
-        lora.apply_updates(lr=float("nan"))
-    for each in (lora, spared):
-        assert each.apply_updates(lr=0.1).applied
-    assert weight_bits(lora) == weight_bits(spared)
-
-
-def test_forward_refuses_a_read_only_or_shared_out():
-    lora = trained(6, 6)
-    out = np.ones((2, 6), "f4")
-    out.flags.writeable = False
-    with pytest.raises(ValueError, match=r"out: .*read-only"):
-        lora.forward(X, "q", out=out)
-    x = X.copy()
-    with pytest.raises(ValueError, match=r"out: .*shared with x"):
-        lora.forward(x, "q", out=x)
-    assert (out == 1).all()
-    assert (x == 1).all()
-
-
-def test_set_weights_drops_what_waits():
-    lora = trained()
-    lora.adapt(X, FB, "q")
-    redraw(lora, 7)
-    before = weight_bits(lora)
-    assert lora.apply_updates(lr=0.1).note == "nothing was accumulated"
-    assert weight_bits(lora) == before
-
-
-def test_lr_of_numpy_is_the_same_step():
-    lora, other = trained(), trained()
-    for lr in (np.float32(0.25), np.float64(0.5), 1):
-        assert lora.adapt(X, FB, "q", lr=lr).applied
-        assert other.adapt(X, FB, "q", lr=float(lr)).applied
-    assert weight_bits(lora) == weight_bits(other)
-
-
-# ---- threads ----------------------------------------------------------------
-
-
-def in_threads(*work):
-    """Runs the calls at the same time; the first error of any is raised."""
-    errors = []
-    gate = threading.Barrier(len(work))
-
-    def guarded(call):
-        gate.wait()
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    started = [threading.Thread(target=guarded, args=(call,)) for call in work]
-    for thread in started:
-        thread.start()
-    for thread in started:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
-def test_threads_that_accumulate_lose_nothing():
-    """Gradients of whole numbers add up exactly, in whatever order they come."""
-    d, calls = 4096, 256  # long enough for the GIL to be released
-    lora = le.MicroLoRA(le.MicroLoRAConfig(d, d, rank=1, alpha=1.0, target_modules=("q",)))
-    first = np.zeros((1, d), "f4")
-    first[0, 0] = 1.0
-    lora.set_weights("q", first, first.T)
-    x, grad = np.ones((16, d), "f4"), np.ones((16, d), "f4")
-
-    def accumulate():
-        for _ in range(calls):
-            assert lora.adapt(x, le.Feedback.from_gradient(grad), "q").applied
-
-    in_threads(*[accumulate] * 4)
-    assert lora.apply_updates(lr=1.0).applied  # the mean gradient is 1 everywhere
-    A, B, _ = lora.weights("q")
-    assert np.array_equal(A, first - 1)
-    assert np.array_equal(B, first.T - 1)
-
-
-def test_forward_takes_a_parameter():
-    """A subclass of Tensor that needs no gradient is data like any other."""
-    lora = trained()
-    x = torch.nn.Parameter(torch.ones(2, 6), requires_grad=False)
-    assert bits(lora.forward(x, "q")) == bits(lora.forward(torch.ones(2, 6), "q"))
