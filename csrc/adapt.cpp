@@ -16,6 +16,8 @@ GradientBuffers &buffers() {
   return b;
 }
 
+constexpr double kLargestStep = 1e38;  // what a float32 weight can take and stay finite
+
 struct Outcome {
   le_outcome what = LE_NO_ADAPTER;
   double grad_norm = 0;
@@ -25,6 +27,7 @@ Block *history_target(AdapterPool &pool, Slot &slot) {
   size_t bytes = sizeof(int32_t) * static_cast<size_t>(pool.num_slices());
   if (slot.previous && std::memcmp(slot.previous->ranks, slot.current->ranks, bytes) == 0) {
     slot.previous->scaling = slot.current->scaling;
+    slot.previous->epoch = slot.current->epoch;
     return slot.previous;
   }
   Block *target = pool.clone_shape(*slot.current);
@@ -79,8 +82,12 @@ void update_weights(const Kernels &k, AdapterPool &pool, int32_t id, Slot &slot,
 Outcome step_slot(const Kernels &k, AdapterPool &pool, int32_t id, Slot &slot,
                   const GradientRow *rows, const le_step &step, const Ewc *ewc) {
   Outcome result;
+  if (pool.elements(*slot.current) == 0) return result;  // rank 0: nothing that could learn
   result.grad_norm = gradient_norm(pool, *slot.current, rows, step.train_A != 0);
-  result.what = std::isfinite(result.grad_norm) ? LE_APPLIED : LE_NOT_FINITE;
+  double norm = result.grad_norm, lr = std::max(1.0, double(step.lr_ratio)) * step.lr;
+  if (step.max_norm > 0) norm = std::min(norm, double(step.max_norm));
+  bool fits = std::isfinite(result.grad_norm) && lr * norm < kLargestStep;
+  result.what = fits ? LE_APPLIED : LE_NOT_FINITE;
   if (result.what == LE_APPLIED)
     update_weights(k, pool, id, slot, rows, step, ewc, result.grad_norm);
   return result;
@@ -115,6 +122,8 @@ void check_step(const char *op, const AdapterPool &pool, const le_step &step, co
   check("lr_ratio", step.lr_ratio, true);
   check("max_norm", step.max_norm, true);
   check("weight_decay", step.weight_decay, true);
+  check("lr * lr_ratio", step.lr * step.lr_ratio, true);
+  check("lr * weight_decay", step.lr * std::max(1.0f, step.lr_ratio) * step.weight_decay, true);
   if (ewc && &ewc->pool() != &pool)
     fail(LE_ERROR_VALUE, "%s: ewc: expected one made for this pool, got one of another", op);
 }
@@ -156,15 +165,18 @@ void pool_adapt(AdapterPool &pool, const le_array *x, const le_array *grad, cons
   static thread_local Batch batch_memory;
   static thread_local Scratch<int64_t> start_memory;
   static thread_local Scratch<uint8_t> outcome_memory;
+  static thread_local Scratch<uint32_t> owner_memory;
   Batch &batch = batch_memory;
   read_batch(op, pool, ids, weights, all.x.n, Order::kBySlot, &batch);
   int64_t *starts = start_memory.get(batch.slot_count + 1);
   uint8_t *by_slot = outcome_memory.get(batch.slot_count);
+  uint32_t *owners = owner_memory.get(batch.slot_count);
   int64_t elements = 0;
   {
     SharedSlots live(op, pool, batch.slots, batch.slot_count);  // or nothing is touched
     for (int64_t s = 0, p = 0; s < batch.slot_count; ++s) {
       starts[s] = p;
+      owners[s] = pool.slot(batch.slots[s]).owner;
       elements += pool.elements(*pool.slot(batch.slots[s]).current);
       while (p < batch.count && batch.pairs[p].slot == batch.slots[s]) ++p;
       starts[s + 1] = p;
@@ -183,9 +195,9 @@ void pool_adapt(AdapterPool &pool, const le_array *x, const le_array *grad, cons
       samples.rows += samples.pairs[p].row != samples.pairs[p - 1].row;
     Slot &slot = pool.slot(id);
     std::lock_guard<SlotLock> held(slot.lock);
-    // Removed since the check above: there is nothing left to teach.
-    by_slot[s] =
-        slot.live.load() ? adapt_slot(k, pool, id, slot, samples, step, ewc).what : LE_NO_ADAPTER;
+    // Removed since the check above, and maybe another user's by now: not to be taught.
+    bool same = slot.live.load() && slot.owner == owners[s];
+    by_slot[s] = same ? adapt_slot(k, pool, id, slot, samples, step, ewc).what : LE_NO_ADAPTER;
   });
   std::memset(outcomes, LE_NO_ADAPTER, static_cast<size_t>(all.x.n));
   for (int64_t s = 0; s < batch.slot_count; ++s)

@@ -70,10 +70,13 @@ char *AdapterPool::weights(const Block &block) const {
 
 int64_t AdapterPool::block_bytes(const int32_t *ranks) const {
   int64_t count = 0;
-  for (int s = 0; s < num_slices(); ++s) count += ranks[s] * (in_ + slice_out(s));
-  // Elements are numbered in 32 bits by the stochastic rounding.
-  if (count > int64_t(UINT32_MAX)) throw std::bad_alloc();
-  int64_t header = static_cast<int64_t>(sizeof(float)) + 4 * num_slices();
+  for (int s = 0; s < num_slices(); ++s) {
+    count += ranks[s] * (in_ + slice_out(s));
+    // Elements are numbered in 32 bits by the stochastic rounding.
+    if (count > int64_t(UINT32_MAX))
+      fail(LE_ERROR_VALUE, "AdapterPool: A, B: expected at most 2^32 - 1 weights, got more");
+  }
+  int64_t header = 8 + 4 * num_slices();
   header = (header + 7) / 8 * 8 + static_cast<int64_t>(kAlign - kMallocAlign / 2);
   return header + count * dtype_size(dtype_);
 }
@@ -91,6 +94,7 @@ Block *AdapterPool::allocate(const int32_t *ranks) {
 Block *AdapterPool::clone_shape(const Block &like) {
   Block *block = allocate(like.ranks);
   block->scaling = like.scaling;
+  block->epoch = like.epoch;
   return block;
 }
 
@@ -202,8 +206,9 @@ int32_t AdapterPool::add(const le_array *A, const le_array *B, float scaling) {
   Slot &to = slot(id);
   to.lock.lock();
   to.current = block;
+  block->epoch = ++to.epochs;
   ++to.version;
-  ++to.epoch;
+  ++to.owner;
   to.live.store(1, std::memory_order_release);
   to.lock.unlock();
   if (id == issued()) issued_.store(id + 1, std::memory_order_release);
@@ -223,8 +228,8 @@ void AdapterPool::set(int32_t id, const le_array *A, const le_array *B, float sc
     old = history_ ? held.slot.previous : held.slot.current;
     if (history_) held.slot.previous = held.slot.current;
     held.slot.current = block;
+    block->epoch = ++held.slot.epochs;
     ++held.slot.version;
-    ++held.slot.epoch;
   } catch (...) {
     release(block);
     throw;
@@ -240,7 +245,7 @@ void AdapterPool::get(int32_t id, const le_array *A, const le_array *B, float *s
   for (int pass = 0; pass < 2; ++pass) {  // check all, then write
     for (int s = 0; s < num_slices(); ++s) {
       SliceView view = slice(block, s);
-      if (!view.rank || !present(&A[s]) || !present(&B[s])) continue;
+      if (!present(&A[s]) || !present(&B[s])) continue;
       Rows a = float_matrix(op, "A", &A[s], view.rank, in_, "[r, in]");
       Rows b = float_matrix(op, "B", &B[s], slice_out(s), view.rank, "[out, r]");
       if (pass == 0) {
@@ -300,9 +305,6 @@ void AdapterPool::rollback(int32_t id) {
   if (!held.slot.previous)
     fail(LE_ERROR_VALUE,
          "%s: slot: expected weights before the last change, got none kept for slot %d", op, id);
-  size_t ranks_bytes = sizeof(int32_t) * static_cast<size_t>(num_slices());
-  if (std::memcmp(held.slot.current->ranks, held.slot.previous->ranks, ranks_bytes) != 0)
-    ++held.slot.epoch;
   release(held.slot.current);
   held.slot.current = held.slot.previous;
   held.slot.previous = nullptr;

@@ -18,6 +18,7 @@ namespace le {
 // contiguous. Both are then read along their rows by forward, its transpose and the update.
 struct Block {
   float scaling;
+  uint32_t epoch;    // of the adapter this is a state of: see Ewc
   int32_t ranks[1];  // one per slice
 };
 
@@ -31,7 +32,8 @@ struct SliceView {
 struct Slot {
   SlotLock lock;
   std::atomic<uint32_t> live{0};
-  uint32_t epoch = 0;  // grows when another adapter takes the place: see Ewc
+  uint32_t owner = 0;   // grows with add: whose slot it is
+  uint32_t epochs = 0;  // adapters that were added or set here so far
   uint64_t version = 0;
   Block *current = nullptr;
   Block *previous = nullptr;  // history: the weights before the last change

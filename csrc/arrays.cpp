@@ -46,8 +46,10 @@ bool share_memory(const Rows &a, const Rows &b) {
 
 Rows matrix(const char *op, const char *arg, const le_array *a, int64_t rows, int64_t width,
             const char *symbols) {
-  if (!a || (!a->data && a->ndim == 0))
-    fail(LE_ERROR_VALUE, "%s: %s: expected an array %s, got none", op, arg, symbols);
+  if (!present(a)) fail(LE_ERROR_VALUE, "%s: %s: expected an array %s, got none", op, arg, symbols);
+  if (a->ndim < 0 || a->ndim > LE_MAX_DIMS)
+    fail(LE_ERROR_VALUE, "%s: %s: expected at most %d dimensions, got %d", op, arg, LE_MAX_DIMS,
+         a->ndim);
   bool fits = a->ndim == 1 || a->ndim == 2;
   Rows r;
   if (fits) {
@@ -70,6 +72,9 @@ Rows matrix(const char *op, const char *arg, const le_array *a, int64_t rows, in
     fail(LE_ERROR_VALUE, "%s: %s: expected shape %s, got %s", op, arg, expected.c_str(),
          shape_text(a).c_str());
   }
+  if (!r.data && r.n && r.width)
+    fail(LE_ERROR_VALUE, "%s: %s: expected memory behind shape %s, got NULL", op, arg,
+         shape_text(a).c_str());
   return r;
 }
 

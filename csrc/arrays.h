@@ -20,7 +20,8 @@ struct Rows {
   bool contiguous_rows() const { return col_stride == 1 || width <= 1; }
 };
 
-inline bool present(const le_array *a) { return a && a->data; }
+// No data and no dimensions mean "none".
+inline bool present(const le_array *a) { return a && (a->data || a->ndim != 0); }
 
 // x [n, width] (or [width]: one row); width < 0 takes any. rows < 0 takes any.
 // `symbols` spells the shape in the message, as in "[n, in]".

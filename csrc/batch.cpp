@@ -29,6 +29,9 @@ void read_batch(const char *op, const AdapterPool &pool, const le_array *ids,
         matrix(op, "weights", as_column(weights, &weight_column), n, id_rows.width, "like ids");
   }
   int64_t k = id_rows.width;
+  if (n > 0 && k > INT32_MAX / n)
+    fail(LE_ERROR_VALUE, "%s: ids: expected at most 2^31 - 1 of them, got %lld rows of %lld", op,
+         static_cast<long long>(n), static_cast<long long>(k));
   batch->pairs = batch->pair_memory.get(n * k);
   batch->slots = batch->slot_memory.get(n * k);
   batch->count = 0;
@@ -43,8 +46,7 @@ void read_batch(const char *op, const AdapterPool &pool, const le_array *ids,
         fail(LE_ERROR_INDEX,
              "%s: ids: expected -1 or one of the pool's %d slots, got %d at row %lld", op,
              pool.issued(), id, static_cast<long long>(i));
-      float w = weights && weight_rows.data ? *reinterpret_cast<const float *>(weight_rows.at(i, j))
-                                            : 1.0f;
+      float w = present(weights) ? *reinterpret_cast<const float *>(weight_rows.at(i, j)) : 1.0f;
       if (batch->count > 0 && batch->pairs[batch->count - 1].slot > id) sorted = false;
       batch->pairs[batch->count++] = {i, id, static_cast<int32_t>(j), w};
     }

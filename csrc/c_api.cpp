@@ -2,6 +2,7 @@
 // was thrown into a status and the calling thread's last error.
 #include <cstdio>
 #include <new>
+#include <stdexcept>
 
 #include "adapt.h"
 #include "dispatch.h"
@@ -46,6 +47,8 @@ le_status guarded(const le_context *ctx, Fn &&fn) noexcept {
   } catch (const le::Error &e) {
     return report(ctx, e.status, e.message.c_str());
   } catch (const std::bad_alloc &) {
+    return report(ctx, LE_ERROR_MEMORY, "out of memory");
+  } catch (const std::length_error &) {
     return report(ctx, LE_ERROR_MEMORY, "out of memory");
   } catch (const std::exception &e) {
     return report(ctx, LE_ERROR_INTERNAL, e.what());

@@ -48,7 +48,7 @@ std::unique_ptr<EwcRecord> &Ewc::entry(int32_t id) {
 const EwcRecord *Ewc::find(int32_t id, const Slot &slot) const {
   if (id >= entries_.load(std::memory_order_acquire)) return nullptr;
   const EwcRecord *record = records_[id].get();
-  return record && record->epoch == slot.epoch ? record : nullptr;
+  return record && record->epoch == slot.current->epoch ? record : nullptr;
 }
 
 void Ewc::set(int32_t id, const le_array *fisher_A, const le_array *fisher_B) {
@@ -59,7 +59,7 @@ void Ewc::set(int32_t id, const le_array *fisher_A, const le_array *fisher_B) {
   const Block &block = *held.slot.current;
   const Kernels &k = kernels();
   auto record = std::make_unique<EwcRecord>();
-  record->epoch = held.slot.epoch;
+  record->epoch = block.epoch;
   record->fisher.resize(static_cast<size_t>(pool_.elements(block)));
   record->anchor.resize(record->fisher.size());
   int64_t in = pool_.in_features();

@@ -4,7 +4,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cxxabi.h>
+
+#include <algorithm>
+#include <chrono>
 #include <optional>
+#include <thread>
 
 #include "py_arrays.h"
 
@@ -40,24 +45,31 @@ void check(le_status status) {
   throw nb::python_error();
 }
 
-// Around a call of the core: lets other Python threads run, and takes torch's
-// thread count on the torch path, where the work is long enough to pay for it.
-class Work {
- public:
-  Work(const Array &x, int64_t out_width) {
-    constexpr int64_t kLong = 64 * 1024;  // elements in and out: some 20 us
-    if (x.rows() * (x.width() + out_width) < kLong) return;
-    if (x.torch) before_ = le_limit_threads(le_py::torch_num_threads());
-    released_.emplace();
+// Takes the GIL again. Where the interpreter is shutting down, Python ends this
+// thread from within, and that unwinding must not reach nanobind's frames, which
+// may not throw: the thread waits here for the process to end.
+void take_gil(PyThreadState *state) {
+  try {
+    PyEval_RestoreThread(state);
+  } catch (abi::__forced_unwind &) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
   }
-  ~Work() {
-    if (before_ >= 0) le_limit_threads(before_);
-  }
+}
 
- private:
-  int32_t before_ = -1;
-  std::optional<nb::gil_scoped_release> released_;
-};
+// Runs a call of the core; where the work is long enough to pay for it, without
+// the GIL, and on the torch path with torch's thread count. elements: how many
+// are read and written, about.
+template <class Call>
+le_status run(const Array &x, int64_t elements, Call &&call) {
+  constexpr int64_t kLong = 64 * 1024;  // some 20 us
+  if (elements < kLong) return call();
+  int32_t before = x.torch ? le_limit_threads(le_py::torch_num_threads()) : -1;
+  PyThreadState *state = PyEval_SaveThread();
+  le_status status = call();
+  if (before >= 0) le_limit_threads(before);
+  take_gil(state);
+  return status;
+}
 
 struct Step : le_step {
   Step(float lr_, float max_norm_, float lr_ratio_, bool train_A_, float weight_decay_,
@@ -71,7 +83,7 @@ class Pool {
  public:
   Pool(int64_t in, std::vector<int64_t> outs, const std::string &dtype, int64_t capacity,
        int32_t max_rank, int32_t history, uint64_t seed)
-      : out_(0), slices_(outs.size()) {
+      : in_(in), outs_(outs), out_(0), slices_(outs.size()) {
     for (int64_t o : outs) out_ += o;
     int32_t code = dtype == "float32" ? LE_FLOAT32 : dtype == "bfloat16" ? LE_BFLOAT16 : -1;
     le_pool_options options{in,      outs.data(), static_cast<int32_t>(outs.size()),
@@ -83,7 +95,7 @@ class Pool {
   Pool(const Pool &) = delete;
   Pool &operator=(const Pool &) = delete;
 
-  le_pool *get() const { return pool_; }
+  le_pool *handle() const { return pool_; }
   int64_t out() const { return out_; }
 
   std::vector<le_array> slices(const char *op, const char *arg, nb::list arrays) const {
@@ -97,21 +109,45 @@ class Pool {
     return views;
   }
 
+  // Read and written by x's rows with `adapters` each, of the largest rank there was.
+  int64_t elements(const Array &x, int64_t adapters = 1) const {
+    return x.rows() * adapters * (x.width() + out_) * std::max(1, largest_rank_ / 2);
+  }
+
+  static int64_t adapters_of(const Array &ids) { return ids.view.ndim == 2 ? ids.width() : 1; }
+
   int32_t add(nb::list A, nb::list B, float scaling) {
     auto a = slices("AdapterPool.add", "A", A), b = slices("AdapterPool.add", "B", B);
+    note_ranks(a);
     int32_t slot = -1;
     check(le_pool_add(pool_, a.data(), b.data(), scaling, &slot));
     return slot;
   }
   void set(int32_t slot, nb::list A, nb::list B, float scaling) {
     auto a = slices("AdapterPool.set", "A", A), b = slices("AdapterPool.set", "B", B);
+    note_ranks(a);
     check(le_pool_set(pool_, slot, a.data(), b.data(), scaling));
   }
-  float read(int32_t slot, nb::list A, nb::list B) {
-    auto a = slices("AdapterPool.get", "A", A), b = slices("AdapterPool.get", "B", B);
-    float scaling = 0;
-    check(le_pool_get(pool_, slot, a.data(), b.data(), &scaling));
-    return scaling;
+  // (A, B, scaling): lists of arrays, None for a missing slice of several. Read
+  // again where the slot was changed while room was made for it.
+  nb::tuple get(int32_t slot) {
+    const char *op = "AdapterPool.get";
+    for (;;) {
+      uint64_t before = version(slot);
+      nb::list A, B;
+      std::vector<int32_t> rank = ranks(slot);
+      for (size_t s = 0; s < slices_; ++s) {
+        bool missing = slices_ > 1 && rank[s] == 0;
+        A.append(missing ? nb::none() : le_py::new_float32(rank[s], in_));
+        B.append(missing ? nb::none() : le_py::new_float32(outs_[s], rank[s]));
+      }
+      auto a = slices(op, "A", A), b = slices(op, "B", B);
+      float scaling = 0;
+      le_status status = le_pool_get(pool_, slot, a.data(), b.data(), &scaling);
+      if (version(slot) != before) continue;
+      check(status);
+      return nb::make_tuple(A, B, scaling);
+    }
   }
   void remove(int32_t slot) { check(le_pool_remove(pool_, slot)); }
   std::vector<int32_t> ranks(int32_t slot) {
@@ -141,12 +177,9 @@ class Pool {
       accumulate = false;
     }
     Array ya = as_array(out, op, "out");
-    le_status status;
-    {
-      Work work(xa, out_);
-      status = le_pool_forward(pool_, xa.ptr(), ia.ptr(), wa.ptr(), accumulate, ya.ptr());
-    }
-    check(status);
+    check(run(xa, elements(xa, adapters_of(ia)), [&] {
+      return le_pool_forward(pool_, xa.ptr(), ia.ptr(), wa.ptr(), accumulate, ya.ptr());
+    }));
     return out;
   }
 
@@ -159,12 +192,9 @@ class Pool {
       accumulate = false;
     }
     Array ya = as_array(out, op, "out");
-    le_status status;
-    {
-      Work work(xa, width);
-      status = le_pool_forward_slot(pool_, slot, xa.ptr(), transposed, accumulate, ya.ptr());
-    }
-    check(status);
+    check(run(xa, elements(xa), [&] {
+      return le_pool_forward_slot(pool_, slot, xa.ptr(), transposed, accumulate, ya.ptr());
+    }));
     return out;
   }
 
@@ -175,12 +205,9 @@ class Pool {
     Array wa = as_optional_array(weights, op, "weights");
     uint8_t *outcomes = nullptr;
     nb::object made = le_py::new_uint8(xa.rows(), &outcomes);
-    le_status status;
-    {
-      Work work(xa, out_);
-      status = le_pool_adapt(pool_, xa.ptr(), ga.ptr(), ia.ptr(), wa.ptr(), &step, outcomes);
-    }
-    check(status);
+    check(run(xa, elements(xa, adapters_of(ia)), [&] {
+      return le_pool_adapt(pool_, xa.ptr(), ga.ptr(), ia.ptr(), wa.ptr(), &step, outcomes);
+    }));
     return made;
   }
 
@@ -229,25 +256,30 @@ class Pool {
   nb::tuple outcome_of(const Array &x, Call &&call) {
     uint8_t outcome = LE_NO_ADAPTER;
     double norm = 0;
-    le_status status;
-    {
-      Work work(x, out_);
-      status = call(&outcome, &norm);
-    }
-    check(status);
+    check(run(x, elements(x), [&] { return call(&outcome, &norm); }));
     return nb::make_tuple(static_cast<int>(outcome), norm);
   }
 
+  void note_ranks(const std::vector<le_array> &A) {
+    for (const le_array &a : A)
+      if (a.ndim == 2)
+        largest_rank_ =
+            static_cast<int32_t>(std::clamp<int64_t>(a.shape[0], largest_rank_, LE_MAX_RANK));
+  }
+
   le_pool *pool_ = nullptr;
+  int64_t in_;
+  std::vector<int64_t> outs_;
   int64_t out_;
   size_t slices_;
+  int32_t largest_rank_ = 0;
 };
 
 class Ewc {
  public:
   Ewc(Pool &pool, const std::string &form, float ewc_lambda) : pool_(pool) {
     int32_t code = form == "factor" ? LE_EWC_FACTOR : form == "delta" ? LE_EWC_DELTA : -1;
-    check(le_ewc_create(pool.get(), code, ewc_lambda, &ewc_));
+    check(le_ewc_create(pool.handle(), code, ewc_lambda, &ewc_));
   }
   ~Ewc() { le_ewc_destroy(ewc_); }
   Ewc(const Ewc &) = delete;
@@ -281,12 +313,9 @@ nb::object lora_delta(nb::handle x, nb::handle A, nb::handle B, float scaling, n
     accumulate = false;
   }
   Array ya = as_array(out, op, "out");
-  le_status status;
-  {
-    Work work(xa, width);
-    status = le_lora_delta(context(), xa.ptr(), aa.ptr(), ba.ptr(), scaling, accumulate, ya.ptr());
-  }
-  check(status);
+  check(run(xa, xa.rows() * (xa.width() + width), [&] {
+    return le_lora_delta(context(), xa.ptr(), aa.ptr(), ba.ptr(), scaling, accumulate, ya.ptr());
+  }));
   return out;
 }
 
@@ -295,13 +324,10 @@ void ewc_step(nb::handle theta, nb::handle grad, nb::handle fisher, nb::handle a
   const char *op = "ewc_step";
   Array t = as_array(theta, op, "theta"), g = as_array(grad, op, "grad");
   Array f = as_array(fisher, op, "fisher"), a = as_array(anchor, op, "anchor");
-  le_status status;
-  {
-    Work work(t, t.width());
-    status =
-        le_ewc_step(context(), t.ptr(), g.ptr(), f.ptr(), a.ptr(), lr, ewc_lambda, seed, version);
-  }
-  check(status);
+  check(run(t, 2 * t.rows() * t.width(), [&] {
+    return le_ewc_step(context(), t.ptr(), g.ptr(), f.ptr(), a.ptr(), lr, ewc_lambda, seed,
+                       version);
+  }));
 }
 
 }  // namespace
@@ -328,7 +354,7 @@ NB_MODULE(_C, m) {
            "seed"_a)
       .def("add", &Pool::add, "A"_a, "B"_a, "scaling"_a)
       .def("set", &Pool::set, "slot"_a, "A"_a, "B"_a, "scaling"_a)
-      .def("read", &Pool::read, "slot"_a, "A"_a, "B"_a)
+      .def("get", &Pool::get, "slot"_a)
       .def("remove", &Pool::remove, "slot"_a)
       .def("ranks", &Pool::ranks, "slot"_a)
       .def("version", &Pool::version, "slot"_a)

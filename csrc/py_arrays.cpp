@@ -42,7 +42,10 @@ std::string where(const char *op, const char *arg) {
 std::string text_of(nb::handle h) { return nb::str(h).c_str(); }
 
 [[noreturn]] void raise_dtype(const char *op, const char *arg, nb::handle dtype) {
-  raise(PyExc_TypeError, where(op, arg) + "float32, bfloat16 or int32, got " + text_of(dtype));
+  const char *expected = std::strcmp(arg, "ids") == 0       ? "int32"
+                         : std::strcmp(arg, "weights") == 0 ? "float32"
+                                                            : "float32 or bfloat16";
+  raise(PyExc_TypeError, where(op, arg) + expected + ", got " + text_of(dtype));
 }
 
 void check_ndim(const char *op, const char *arg, int ndim) {
@@ -51,10 +54,20 @@ void check_ndim(const char *op, const char *arg, int ndim) {
                                 " dimensions, got " + std::to_string(ndim));
 }
 
-// An empty array may have no memory; the core takes a null pointer for "none".
-void *not_null(void *p) {
+// An empty array may have no memory, which the core would take for "none"; one
+// that is not empty (a fake tensor, a freed storage) must not get as far.
+void set_data(le_array &v, void *p, const char *op, const char *arg) {
   static char nothing[64];
-  return p ? p : nothing;
+  bool empty = false;
+  for (int i = 0; i < v.ndim; ++i) empty = empty || v.shape[i] == 0;
+  if (!p && !empty)
+    raise(PyExc_ValueError, where(op, arg) + "an array with memory, got one without");
+  v.data = p ? p : nothing;
+}
+
+nb::object checked(PyObject *made) {
+  if (!made) throw nb::python_error();
+  return nb::steal(made);
 }
 
 Array from_numpy(PyArrayObject *a, const char *op, const char *arg) {
@@ -79,7 +92,7 @@ Array from_numpy(PyArrayObject *a, const char *op, const char *arg) {
   }
   if (!usable) raise(PyExc_ValueError, where(op, arg) + "an aligned array of native byte order");
   v.ndim = ndim;
-  v.data = not_null(PyArray_DATA(a));
+  set_data(v, PyArray_DATA(a), op, arg);
   v.flags = PyArray_ISWRITEABLE(a) ? 0u : LE_ARRAY_READONLY;
   return out;
 }
@@ -141,7 +154,9 @@ void refuse_autograd(nb::handle object, const char *op, const char *arg) {
 }
 
 // A view whose memory holds the negated values: torch.imag of a conjugate is one.
-void refuse_negated(nb::handle object, const char *op, const char *arg) {
+// Such views skip over the real parts, so contiguous rows need no question.
+void refuse_negated(nb::handle object, const Array &a, const char *op, const char *arg) {
+  if (a.view.ndim > 0 && a.view.strides[a.view.ndim - 1] == 1) return;
   nb::object negated = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), torch().is_neg));
   if (!negated.is_valid()) throw nb::python_error();
   if (negated.ptr() == Py_True)
@@ -183,7 +198,7 @@ Array from_attributes(nb::handle object, const char *op, const char *arg) {
     v.shape[i] = nb::cast<int64_t>(shape[i]);
     v.strides[i] = nb::cast<int64_t>(strides[i]);
   }
-  v.data = not_null(reinterpret_cast<void *>(nb::cast<uintptr_t>(object.attr("data_ptr")())));
+  set_data(v, reinterpret_cast<void *>(nb::cast<uintptr_t>(object.attr("data_ptr")())), op, arg);
   return out;
 }
 
@@ -192,7 +207,7 @@ Array from_exchange(nb::handle object, const char *op, const char *arg) {
   if (torch().exchange->tensor_from_object(object.ptr(), &t) != 0) {
     nb::python_error error;  // takes what torch raised
     if (text_of(object.attr("device").attr("type")) != "cpu") raise_device(object, op, arg);
-    raise(PyExc_TypeError, where(op, arg) + "a dense tensor of float32, bfloat16 or int32, got " +
+    raise(PyExc_TypeError, where(op, arg) + "a dense tensor of float32 or bfloat16, got " +
                                text_of(object.attr("dtype")) + ", " +
                                text_of(object.attr("layout")));
   }
@@ -206,7 +221,7 @@ Array from_exchange(nb::handle object, const char *op, const char *arg) {
     v.shape[i] = t.shape[i];
     v.strides[i] = t.strides[i];
   }
-  v.data = not_null(static_cast<char *>(t.data) + t.byte_offset);
+  set_data(v, t.data ? static_cast<char *>(t.data) + t.byte_offset : nullptr, op, arg);
   return out;
 }
 
@@ -226,8 +241,8 @@ Array as_array(nb::handle object, const char *op, const char *arg) {
             text_of(
                 nb::handle(reinterpret_cast<PyObject *>(Py_TYPE(object.ptr()))).attr("__name__")));
   refuse_autograd(object, op, arg);
-  refuse_negated(object, op, arg);
   Array out = torch().exchange ? from_exchange(object, op, arg) : from_attributes(object, op, arg);
+  refuse_negated(object, out, op, arg);
   out.torch = true;
   return out;
 }
@@ -246,19 +261,18 @@ nb::object new_output(nb::handle like, const Array &like_view, int64_t width) {
     return made;
   }
   npy_intp dims[2] = {like_view.rows(), width};
-  return nb::steal(vector ? PyArray_SimpleNew(1, dims + 1, NPY_FLOAT32)
-                          : PyArray_SimpleNew(2, dims, NPY_FLOAT32));
+  return checked(vector ? PyArray_SimpleNew(1, dims + 1, NPY_FLOAT32)
+                        : PyArray_SimpleNew(2, dims, NPY_FLOAT32));
 }
 
 nb::object new_float32(int64_t n, int64_t width) {
   npy_intp dims[2] = {n, width};
-  return nb::steal(PyArray_SimpleNew(2, dims, NPY_FLOAT32));
+  return checked(PyArray_SimpleNew(2, dims, NPY_FLOAT32));
 }
 
 nb::object new_uint8(int64_t n, uint8_t **data) {
   npy_intp dim = n;
-  nb::object made = nb::steal(PyArray_SimpleNew(1, &dim, NPY_UINT8));
-  if (!made.is_valid()) throw nb::python_error();
+  nb::object made = checked(PyArray_SimpleNew(1, &dim, NPY_UINT8));
   *data = static_cast<uint8_t *>(PyArray_DATA(reinterpret_cast<PyArrayObject *>(made.ptr())));
   return made;
 }

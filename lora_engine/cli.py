@@ -12,6 +12,7 @@ from importlib import metadata
 def _doctor(_: argparse.Namespace) -> int:
     """What is there, and why what is not is not."""
     import lora_engine as le
+    from lora_engine.backends import chosen
 
     print(f"lora_engine {le.__version__}, Python {platform.python_version()}, {platform.machine()}")
     print(f"threads: {le.get_num_threads()}")
@@ -22,6 +23,11 @@ def _doctor(_: argparse.Namespace) -> int:
             print(f"{package}: {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             print(f"{package}: not installed")
+    try:
+        chosen()
+    except RuntimeError as error:
+        print(f"what the environment asks for cannot be had: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -8,6 +8,7 @@ IndexError (slot).
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,13 +21,11 @@ if TYPE_CHECKING:
     from lora_engine.adapters.pool import AdapterPool
     from lora_engine.learning.ewc import EWC
 
-_backend = chosen()
-
 NO_ADAPTER, APPLIED, NOT_FINITE = 0, 1, 2  # le_outcome of lora_engine.h
 NOTES = {
     NO_ADAPTER: "no adapter was named: nothing was learned",
     APPLIED: "",
-    NOT_FINITE: "the gradient holds NaN or Inf: the adapter is untouched",
+    NOT_FINITE: "the gradient or the step holds NaN or Inf: the adapter is untouched",
 }
 
 
@@ -37,6 +36,10 @@ class BatchedAdaptResult(NamedTuple):
     note: str
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)
+
+
 def make_step(
     lr: float,
     max_norm: float | None = None,
@@ -45,9 +48,20 @@ def make_step(
     weight_decay: float = 0.0,
     ewc: EWC | None = None,
 ) -> Any:
-    """The parameters of a step in the backend's form."""
-    return _backend.Step(
-        lr, max_norm or 0.0, lr_ratio, train_A, weight_decay, ewc._storage if ewc else None
+    """The parameters of a step in the backend's form; raises TypeError, ValueError."""
+    if max_norm is not None and not (_is_number(max_norm) and max_norm > 0):
+        raise ValueError(
+            f"batched_adapt: max_norm: expected a number above 0 or None, got {max_norm!r}"
+        )
+    for name, value in (("lr", lr), ("lr_ratio", lr_ratio), ("weight_decay", weight_decay)):
+        if not _is_number(value):
+            raise TypeError(f"batched_adapt: {name}: expected a number, got {value!r}")
+    if ewc is not None and not hasattr(ewc, "_storage"):
+        raise TypeError(f"batched_adapt: ewc: expected an EWC or None, got {type(ewc).__name__}")
+    storage = None if ewc is None else ewc._storage
+    limit = 0.0 if max_norm is None else float(max_norm)
+    return chosen().Step(
+        float(lr), limit, float(lr_ratio), bool(train_A), float(weight_decay), storage
     )
 
 
@@ -60,7 +74,7 @@ def lora_delta(
     dtype. Returns [n, out], or ``out`` (with accumulate: added to what it held).
     Fastest where B is the transpose of a contiguous array.
     """
-    return _backend.lora_delta(x, A, B, scaling, out, accumulate)
+    return chosen().lora_delta(x, A, B, scaling, out, accumulate)
 
 
 def batched_lora_delta(
@@ -136,7 +150,7 @@ def ewc_step(
     2017, eq. 3); it does not diverge however large ewc_lambda is. A bfloat16
     theta is rounded stochastically, keyed (seed, version).
     """
-    _backend.ewc_step(theta, grad, fisher, anchor, lr, ewc_lambda, seed, version)
+    chosen().ewc_step(theta, grad, fisher, anchor, lr, ewc_lambda, seed, version)
 
 
 def set_num_threads(num_threads: int) -> None:

@@ -156,7 +156,7 @@ def test_what_cannot_be_had_fails_loudly(variable, value, says):
     ran = run_python("-m", "lora_engine.cli", "doctor", **{f"LORA_ENGINE_{variable}": value})
     assert ran.returncode != 0
     assert says in ran.stderr.splitlines()[-1]
-    assert ran.stdout == ""
+    assert "backend cpu: " in ran.stdout  # doctor still says what there is
 
 
 @pytest.mark.parametrize("isa", _C.isas_built())

@@ -61,7 +61,7 @@ CASES = {
     "x-float64": (
         {"x": np.ones((N, IN))},
         TypeError,
-        "x: expected float32, bfloat16 or int32, got float64",
+        "x: expected float32 or bfloat16, got float64",
     ),
     "x-int32": (
         {"x": np.ones((N, IN), "i4")},
@@ -71,7 +71,7 @@ CASES = {
     "x-uint16": (
         {"x": np.ones((N, IN), "u2")},
         TypeError,
-        "x: expected float32, bfloat16 or int32, got uint16",
+        "x: expected float32 or bfloat16, got uint16",
     ),
     "x-swapped": (
         {"x": np.ones((N, IN), ">f4")},
@@ -94,7 +94,7 @@ CASES = {
         "x: expected a tensor outside autograd",
     ),
     "x-negated": (
-        {"x": torch._neg_view(torch.ones(N, IN))},
+        {"x": torch.ones(N, IN, dtype=torch.complex64).conj().imag},
         ValueError,
         "x: expected plain memory, got a tensor with the negative bit set",
     ),
@@ -116,7 +116,7 @@ CASES = {
     "ids-int64": (
         {"ids": np.zeros(N, "i8")},
         TypeError,
-        "ids: expected float32, bfloat16 or int32, got int64",
+        "ids: expected int32, got int64",
     ),
     "ids-float": ({"ids": np.zeros(N, "f4")}, TypeError, "ids: expected int32, got float32"),
     "ids-beyond": (
@@ -196,7 +196,11 @@ ADAPT = {
     "lr-negative": ({"lr": -0.1}, ValueError, "lr: expected a number from 0, got -0.1"),
     "lr-nan": ({"lr": float("nan")}, ValueError, "lr: expected a finite number, got nan"),
     "lr-ratio": ({"lr_ratio": float("inf")}, ValueError, "lr_ratio: expected a finite number"),
-    "max-norm": ({"max_norm": -1.0}, ValueError, "max_norm: expected a number from 0"),
+    "max-norm": (
+        {"max_norm": -1.0},
+        ValueError,
+        "max_norm: expected a number above 0 or None, got -1.0",
+    ),
     "weight-decay": ({"weight_decay": -1.0}, ValueError, "weight_decay: expected a number from 0"),
 }
 
@@ -307,7 +311,7 @@ def test_thread_count(count):
             ValueError,
             r"B: expected shape \[out, r\] = \[8, 2\], got \[8, 3\]",
         ),
-        ({"A": np.ones((2, IN))}, TypeError, "A: expected float32, bfloat16 or int32, got float64"),
+        ({"A": np.ones((2, IN))}, TypeError, "A: expected float32 or bfloat16, got float64"),
         ({"scaling": float("inf")}, ValueError, "scaling: expected a finite number"),
     ],
     ids=["A-shape", "B-shape", "A-dtype", "scaling"],

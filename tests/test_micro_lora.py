@@ -274,7 +274,7 @@ def test_accumulated_overflow_is_reported_and_dropped():
         assert lora.adapt(x, le.Feedback.from_gradient(grad), "q").applied
     result = lora.apply_updates(lr=0.1)
     assert not result.applied
-    assert result.note == "q: the gradient holds NaN or Inf: the adapter is untouched"
+    assert result.note == "q: the gradient or the step holds NaN or Inf: the adapter is untouched"
     assert weight_bits(lora) == before
     assert lora.apply_updates(lr=0.1).note == "nothing was accumulated"
 

@@ -175,7 +175,7 @@ LE_API le_status le_pool_forward_slot(le_pool *pool, int32_t slot, const le_arra
 /* ---- learning ----------------------------------------------------------- */
 
 typedef struct le_step {
-  float lr;           /* > 0 */
+  float lr;           /* from 0 */
   float lr_ratio;     /* LoRA+: B learns at lr_ratio * lr; 1 */
   float max_norm;     /* clips gA and gB together; 0: no clipping */
   float weight_decay; /* decoupled: theta -= lr weight_decay theta; 0 */
@@ -187,7 +187,7 @@ typedef struct le_step {
 typedef enum le_outcome {
   LE_NO_ADAPTER = 0, /* the row named none: nothing was learned */
   LE_APPLIED = 1,
-  LE_NOT_FINITE = 2 /* the gradient held NaN or Inf: the adapter is untouched */
+  LE_NOT_FINITE = 2 /* the gradient or the step held NaN or Inf: the adapter is untouched */
 } le_outcome;
 
 /* One gradient step for every adapter named, from the values before the call:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lora_engine import ops
-from lora_engine.adapters import peft_format
 from lora_engine.adapters.config import MicroLoRAConfig
 from lora_engine.adapters.pool import AdapterPool
 
@@ -20,6 +19,15 @@ if TYPE_CHECKING:
     from lora_engine.learning.feedback import Feedback
 
 _NO_ROWS = "x has no rows: nothing was learned"
+_APPLIED = ops.APPLIED
+_new = tuple.__new__  # a third of the cost of a NamedTuple's own constructor
+
+
+def _files() -> Any:
+    """The reader and writer of folders, imported at first use: it takes as long as the rest."""
+    from lora_engine.adapters import peft_format
+
+    return peft_format
 
 
 class AdaptResult(NamedTuple):
@@ -36,12 +44,14 @@ class _Module:
 
     def __init__(self, name: str, pool: AdapterPool, slot: int) -> None:
         self.storage = pool._storage
+        self.adapt_slot = self.storage.adapt_slot
         self.pool, self.slot = pool, slot
         self.out = pool.out_features
         self.dropout_key = zlib.crc32(name.encode())
         self.steps = 0  # adapts so far
         self.gradient: np.ndarray | None = None
         self.samples = 0
+        self.refused = 0  # gradients with NaN or Inf, which were not added
         self.lock = threading.Lock()  # of gradient and samples
 
     def accumulate(self, x: Any, grad: Any, h: Any = None) -> tuple[int, float, int]:
@@ -57,12 +67,14 @@ class _Module:
             rows = x.shape[0] if x.ndim == 2 else 1
             if outcome == ops.APPLIED:
                 self.samples += rows
+            self.refused += outcome == ops.NOT_FINITE
         return outcome, norm, rows
 
     def apply(self, step: Any) -> tuple[int, float]:
         """A step with the mean of what waits, which is then dropped."""
         with self.lock:
             if not self.samples:
+                self.refused = 0
                 return ops.NO_ADAPTER, 0.0
             result: tuple[int, float] = self.storage.apply(
                 self.gradient, self.slot, 1.0 / self.samples, step
@@ -77,7 +89,7 @@ class _Module:
     def _drop(self) -> None:
         if self.gradient is not None:
             self.gradient.fill(0.0)
-        self.samples = 0
+        self.samples = self.refused = 0
 
 
 class MicroLoRA:
@@ -91,7 +103,8 @@ class MicroLoRA:
     def __init__(self, config: MicroLoRAConfig) -> None:
         self.config = config
         self._modules: dict[str, _Module] = {}
-        self._step: tuple[float, Any] | None = None
+        self._dropout = config.dropout
+        self._step: tuple[float | None, Any] = (None, None)  # the last lr, and its step
         self._peft_config: dict[str, Any] = {}
         rng = np.random.default_rng(config.seed)
         pools: dict[tuple[int, int], AdapterPool] = {}
@@ -166,30 +179,33 @@ class MicroLoRA:
         start = perf_counter()
         m = self._modules.get(module) or self._module(module)
         try:
-            output_gradient = feedback.output_gradient
+            grad = feedback.gradient
         except AttributeError:
             got = type(feedback).__name__
             raise TypeError(f"MicroLoRA.adapt: feedback: expected a Feedback, got {got}") from None
-        grad = output_gradient(self, x, module)
-        if self.config.dropout:
+        if grad is None:
+            grad = feedback.output_gradient(self, x, module)
+        if self._dropout:
             x = self._dropped(x, m)
         if lr is None:
             outcome, norm, rows = m.accumulate(x, grad)
             norm /= max(rows, 1)
         else:
-            outcome, norm = m.storage.adapt_slot(x, grad, m.slot, self._step_of(lr))
-        note = _NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
-        if outcome == ops.APPLIED:
+            kept, step = self._step  # read once: other threads may step with another lr
+            outcome, norm = m.adapt_slot(x, grad, m.slot, step if kept == lr else self._step_of(lr))
+        if outcome == _APPLIED:
             m.steps += 1
+            note = ""
+        else:
+            note = _NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
         latency = (perf_counter() - start) * 1e6
-        return AdaptResult(outcome == ops.APPLIED, note, latency, norm)
+        return _new(AdaptResult, (outcome == _APPLIED, note, latency, norm))
 
     def _step_of(self, lr: float) -> Any:
-        kept = self._step  # read once: other threads may step with another lr
-        if kept is None or kept[0] != lr:
-            lr = float(lr)
-            kept = self._step = (lr, ops.make_step(lr))
-        return kept[1]
+        """Makes the step of a learning rate, and keeps it for the next call."""
+        step = ops.make_step(lr)
+        self._step = (lr, step)
+        return step
 
     def _dropped(self, x: Any, m: _Module) -> Any:
         """x with a mask that is a function of (seed, module, step), scaled by 1/(1-p)."""
@@ -211,6 +227,8 @@ class MicroLoRA:
         step = self._step_of(lr)
         applied, notes, norms = False, [], 0.0
         for name, m in self._modules.items():
+            if m.refused:
+                notes.append(f"{name}: {m.refused} gradients with NaN or Inf were left out")
             outcome, norm = m.apply(step)
             if outcome == ops.NO_ADAPTER:
                 continue
@@ -244,17 +262,20 @@ class MicroLoRA:
         m.clear()
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        return peft_format.to_tensors({name: self.weights(name)[:2] for name in self._modules})
+        factors = {name: self.weights(name)[:2] for name in self._modules}
+        tensors: dict[str, np.ndarray] = _files().to_tensors(factors)
+        return tensors
 
     def _set_tensors(self, tensors: dict[str, np.ndarray], source: str) -> None:
-        factors = peft_format.from_tensors(tensors, source)
-        peft_format.check_modules(factors, self.config, source)
+        factors = _files().from_tensors(tensors, source)
+        _files().check_modules(factors, self.config, source)
         for name, (A, B) in factors.items():
             self.set_weights(name, A, B)
 
     def export_weights(self) -> bytes:
         """The weights as safetensors bytes, under PEFT's key names."""
-        return peft_format.to_bytes(self._tensors())
+        data: bytes = _files().to_bytes(self._tensors())
+        return data
 
     def import_weights(self, data: bytes) -> None:
         """Weights as ``export_weights`` gives them; what waits for apply_updates is dropped.
@@ -262,7 +283,7 @@ class MicroLoRA:
         Raises FormatError, changing nothing, where the bytes are damaged or hold
         other modules or shapes than the config.
         """
-        self._set_tensors(peft_format.from_bytes(data, "import_weights"), "import_weights")
+        self._set_tensors(_files().from_bytes(data, "import_weights"), "import_weights")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """A PEFT adapter folder, and beside it the engine's own state (step counts).
@@ -272,8 +293,8 @@ class MicroLoRA:
         ValueError for the working folder, which cannot be replaced.
         """
         steps = {name: m.steps for name, m in self._modules.items()}
-        content = peft_format.Folder(self.config, self._tensors(), steps, self._peft_config)
-        peft_format.save(folder, content)
+        content = _files().Folder(self.config, self._tensors(), steps, self._peft_config)
+        _files().save(folder, content)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> MicroLoRA:
@@ -283,7 +304,7 @@ class MicroLoRA:
         FileNotFoundError. A state file that belongs to other weights is dropped
         with a warning.
         """
-        content = peft_format.load(folder)
+        content = _files().load(folder)
         lora = cls(content.config)
         lora._set_tensors(content.tensors, os.fspath(folder))
         lora._peft_config = content.peft_config

@@ -99,18 +99,7 @@ class AdapterPool:
 
     def get(self, slot: int) -> tuple[Any, Any, float]:
         """Copies of (A, B, scaling), as NumPy float32; lists of A and B with several slices."""
-        ranks = self.ranks(slot)
-        A = [np.empty((r, self.in_features), np.float32) if r else None for r in ranks]
-        B = [
-            np.empty((out, r), np.float32) if r else None
-            for r, out in zip(ranks, self.slices, strict=True)
-        ]
-        if not self._sliced and A[0] is None:
-            A[0], B[0] = (
-                np.empty((0, self.in_features), "f4"),
-                np.empty((self.out_features, 0), "f4"),
-            )
-        scaling = float(self._storage.read(slot, A, B))
+        A, B, scaling = self._storage.get(slot)
         return (A, B, scaling) if self._sliced else (A[0], B[0], scaling)
 
     def remove(self, slot: int) -> None:

@@ -154,13 +154,10 @@ class Pool:
     def set(self, slot: int, A: list[Any], B: list[Any], scaling: float) -> None:
         self._change(slot, self._adapter(A, B, scaling))
 
-    def read(self, slot: int, A: list[Any], B: list[Any]) -> float:
+    def get(self, slot: int) -> tuple[list[Any], list[Any], float]:
         adapter = self._get(slot).adapter
-        for outs, stored in ((A, adapter.A), (B, adapter.B)):
-            for out, values in zip(outs, stored, strict=True):
-                if out is not None and values is not None:
-                    _write(out, values)
-        return adapter.scaling
+        A, B = ([None if m is None else m.copy() for m in f] for f in (adapter.A, adapter.B))
+        return A, B, adapter.scaling
 
     def remove(self, slot: int) -> None:
         self._get(slot)
@@ -225,6 +222,8 @@ class Pool:
         fisher, anchor = record or (None, None)
         moved = reference.step_adapter(now.adapter, gA, gB, values, fisher, anchor)
         learning = [g for g in (*(gA if step.train_A else []), *gB) if g is not None]
+        if not sum(g.size for g in (*gA, *gB) if g is not None):
+            return 0, 0.0  # rank 0: nothing that could learn
         norm = float(np.sqrt(sum((g**2).sum() for g in learning)))
         if moved is None:
             return 2, norm
