@@ -271,3 +271,20 @@ def test_ten_thousand_users_in_one_call():
     for slot in ids[:50]:
         got = held.pool.get(int(slot))
         assert delta_error(got[1], want[int(slot)].B[0], np.abs(want[int(slot)].B[0])) < 2e-6
+
+
+@pytest.mark.parametrize("step", [{"lr": 1e35}, {"lr": 1e20, "lr_ratio": 1e18}], ids=str)
+def test_a_step_beyond_float32_leaves_its_adapter(step):
+    held = fill_pool(np.random.default_rng(8), 9, (4,), [2])
+    x, grad = np.full((1, 9), 1e3, "f4"), np.full((1, 4), 1e3, "f4")
+    result = held.pool.adapt(x, grad, np.zeros(1, np.int32), **step)
+    assert result.applied.tolist() == [False]
+    after = held.refresh()[0]
+    assert bits(after.A[0]) == bits(held.adapters[0].A[0])
+    assert bits(after.B[0]) == bits(held.adapters[0].B[0])
+
+
+def test_an_adapter_of_rank_0_learns_nothing_and_says_so():
+    pool, _ = fill_pool(np.random.default_rng(9), 9, (4,), [0])
+    result = pool.adapt(np.ones((1, 9), "f4"), np.ones((1, 4), "f4"), np.zeros(1, np.int32), 0.1)
+    assert result.applied.tolist() == [False]

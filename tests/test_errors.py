@@ -30,6 +30,12 @@ def read_only(a):
     return a
 
 
+def freed(tensor):
+    """A tensor whose storage was given back, as sharded training does."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def shared(a, width):
     """Two views of one buffer, by one element apart."""
     buffer = np.zeros(N * IN + 1, "f4")
@@ -97,6 +103,11 @@ CASES = {
         {"x": torch.ones(N, IN, dtype=torch.complex64).conj().imag},
         ValueError,
         "x: expected plain memory, got a tensor with the negative bit set",
+    ),
+    "x-without-memory": (
+        {"x": freed(torch.ones(N, IN))},
+        ValueError,
+        "x: expected an array with memory, got one without",
     ),
     "x-sparse": (
         {"x": torch.ones(N, IN).to_sparse()},
@@ -325,3 +336,8 @@ def test_add_and_set(change, error, message):
     with pytest.raises(error, match=r"AdapterPool\.set: " + message):
         held.pool.set(0, **args)
     assert (bits(held.pool.get(0)[0]), held.pool.nbytes, held.pool.version(0)) == (before, size, 1)
+
+
+def test_an_output_that_cannot_be_allocated_is_a_memory_error():
+    with pytest.raises((MemoryError, ValueError)):
+        le.lora_delta(np.ones((4, 3), "f4"), np.ones((0, 3), "f4"), np.ones((2**50, 0), "f4"), 1.0)

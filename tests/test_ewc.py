@@ -154,3 +154,23 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="theta: expected memory of its own"):
         le.ewc_step(theta, theta, np.zeros(3, "f4"), np.zeros(3, "f4"), 0.1, 1.0)
     assert ewc.penalty() == 0.0
+
+
+def test_a_record_follows_its_adapter_through_set_and_rollback():
+    rng = np.random.default_rng(4)
+    pool, before = fill_pool(rng, 16, (8,), [2], history=1)
+    ewc = le.EWC(pool, ewc_lambda=1.0)
+    A, B = before[0].A[0] + 1, before[0].B[0] + 1
+    ones = np.ones((2, 16), "f4"), np.ones((8, 2), "f4")
+    pool.set(0, A, B, 1.0)
+    ewc.set(0, *ones)  # of the second adapter
+    pool.rollback(0)
+    assert ewc.penalty() == 0.0  # the first has none
+    ewc.set(0, *ones)
+    pool.set(0, A, B, 1.0)
+    assert ewc.penalty() == 0.0
+    pool.rollback(0)
+    pool.adapt(
+        rng.standard_normal((1, 16)).astype("f4"), np.ones((1, 8), "f4"), np.zeros(1, "i4"), 0.1
+    )
+    assert ewc.penalty() > 0.0  # the record of the first came back with it

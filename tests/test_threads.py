@@ -304,3 +304,73 @@ def test_torch_path_takes_torchs_thread_count(threads):
     pool.forward(x, ids)
     one, two = busy(1), busy(2)
     assert two > 5 * max(one, 0.2)
+
+
+EXIT = """
+    import threading, time
+    import numpy as np, lora_engine as le
+    pool = le.AdapterPool(1024, 1024)
+    pool.add(np.ones((8, 1024), "f4"), np.ones((1024, 8), "f4"), 1.0)
+    x, ids = np.ones((256, 1024), "f4"), np.zeros(256, "i4")
+    def serve():
+        while True:
+            pool.forward(x, ids)
+    for _ in range(2):
+        threading.Thread(target=serve, daemon=True).start()
+    time.sleep(0.3)
+    print("done")
+"""
+
+
+def test_the_interpreter_may_end_while_daemon_threads_are_in_a_call():
+    for _ in range(3):
+        ran = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(EXIT)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (ran.returncode, ran.stdout.strip()) == (0, "done"), ran.stderr
+
+
+def test_adapt_never_teaches_the_next_owner_of_a_slot():
+    """A slot removed while an adapt is under way is reissued at once: its new weights
+    must stay. The adapt that was under way began before the add, and none follows."""
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((40 * 60, 512)).astype("f4")
+    ids = np.repeat(np.arange(40), 60).astype(np.int32)
+    A, B = np.ones((8, 512), "f4"), np.ones((512, 8), "f4")
+    inside = 0
+    for turn in range(30):
+        pool, _ = fill_pool(rng, 512, (512,), [8] * 40)
+        learner = threading.Thread(target=lambda pool=pool: pool.adapt(x, x, ids, 1e-3))
+        learner.start()
+        time.sleep(turn * 2e-4)
+        alive = learner.is_alive()
+        pool.remove(39)  # the last to be taught
+        assert pool.add(A, B, 1.0) == 39
+        inside += alive and learner.is_alive()
+        learner.join()
+        assert bits(pool.get(39)[0]) == bits(A)
+        assert bits(pool.get(39)[1]) == bits(B)
+    assert inside > 0
+
+
+def test_get_beside_set_of_another_rank_is_one_adapter_or_the_other():
+    pool = le.AdapterPool(64, (32, 16))
+    one = ([np.full((2, 64), 2, "f4"), None], [np.full((32, 2), 2, "f4"), None], 2.0)
+    other = ([np.full((5, 64), 5, "f4")] * 2, [np.full((o, 5), 5, "f4") for o in (32, 16)], 5.0)
+    slot = pool.add(*one)
+
+    def change(stop):
+        while not stop.is_set():
+            pool.set(slot, *other)
+            pool.set(slot, *one)
+
+    def read(stop):
+        while not stop.is_set():
+            A, B, scaling = pool.get(slot)
+            assert all((m == scaling).all() for m in (*A, *B) if m is not None)
+            assert (A[1] is None) == (scaling == 2.0)
+
+    run_threads(change, read, read, seconds=1.0)

@@ -1,0 +1,1 @@
+"""Benchmarks of lora_engine: see README.md beside this file."""
