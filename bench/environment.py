@@ -63,7 +63,7 @@ def extension() -> dict[str, Any]:
     sources = Path(__file__).parents[1] / "csrc"
     newest = max((f.stat().st_mtime for f in sources.rglob("*.*")), default=0.0)
     built = file.stat().st_mtime
-    return {"file": str(file), "built": _utc(built), "stale": newest > built}
+    return {"file": file.name, "built": _utc(built), "stale": newest > built}
 
 
 def _utc(seconds: float) -> str:
