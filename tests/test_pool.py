@@ -152,6 +152,31 @@ def test_limits():
         le.AdapterPool(8, ())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1.5, 4), "in_features: expected a whole number, got 1.5"),
+        ((4, 4.5), "out_features: expected a whole number, got 4.5"),
+        ((4, "ab"), "out_features: expected a whole number, got 'a'"),
+        (("a", 4), "in_features: expected a whole number, got 'a'"),
+    ],
+    ids=str,
+)
+def test_sizes_that_are_no_numbers(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        le.AdapterPool(*arguments)
+
+
+def test_a_scaling_that_is_no_number():
+    A, B, _ = adapter()
+    with pytest.raises(TypeError, match=r"AdapterPool\.add: scaling: expected a number, got 'a'"):
+        le.AdapterPool(16, 8).add(A, B, "a")
+
+
+def test_slices_may_come_as_an_array():
+    assert le.AdapterPool(16, np.array([8, 4])).slices == (8, 4)
+
+
 def test_slices_that_are_missing():
     pool = le.AdapterPool(16, (8, 4))
     A, B, _ = adapter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,22 @@ from lora_engine.backends import chosen
 
 if TYPE_CHECKING:
     from lora_engine.learning.ewc import EWC
+
+
+def _number(op: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        got = f"AdapterPool.{op}: scaling: expected a number, got {value!r}"
+        raise TypeError(got) from None
+
+
+def _size(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        got = f"AdapterPool: {name}: expected a whole number, got {value!r}"
+        raise TypeError(got) from None
 
 
 class AdapterPool:
@@ -50,10 +67,12 @@ class AdapterPool:
                 raise ValueError(f"AdapterPool: {name}: expected at least 1 or None, got {limit}")
         if seed < 0:
             raise ValueError(f"AdapterPool: seed: expected 0 or more, got {seed}")
-        self._sliced = not isinstance(out_features, (int, np.integer))
-        self.in_features = int(in_features)
-        slices = out_features if isinstance(out_features, Sequence) else (out_features,)
-        self.slices: tuple[int, ...] = tuple(int(out) for out in slices)
+        self._sliced = isinstance(out_features, (Sequence, np.ndarray))
+        self.in_features = _size("in_features", in_features)
+        slices = (
+            out_features if isinstance(out_features, (Sequence, np.ndarray)) else [out_features]
+        )
+        self.slices: tuple[int, ...] = tuple(_size("out_features", out) for out in slices)
         self.out_features = sum(self.slices)
         self.dtype = str(dtype)
         self._storage = chosen().Pool(
@@ -91,11 +110,13 @@ class AdapterPool:
         lists of A and of B, None for a missing slice. Raises ValueError where a
         shape does not fit or the pool is at its capacity.
         """
-        return int(self._storage.add(self._slices_of(A), self._slices_of(B), scaling))
+        s = _number("add", scaling)
+        return int(self._storage.add(self._slices_of(A), self._slices_of(B), s))
 
     def set(self, slot: int, A: Any, B: Any, scaling: float) -> None:
         """Replaces a slot's adapter, of any rank, in one step for those who read it."""
-        self._storage.set(slot, self._slices_of(A), self._slices_of(B), scaling)
+        s = _number("set", scaling)
+        self._storage.set(slot, self._slices_of(A), self._slices_of(B), s)
 
     def get(self, slot: int) -> tuple[Any, Any, float]:
         """Copies of (A, B, scaling), as NumPy float32; lists of A and B with several slices."""
