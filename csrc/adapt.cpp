@@ -112,18 +112,16 @@ Outcome adapt_slot(const Kernels &k, AdapterPool &pool, int32_t id, Slot &slot,
 }
 
 void check_step(const char *op, const AdapterPool &pool, const le_step &step, const Ewc *ewc) {
-  auto check = [&](const char *arg, float value, bool zero_too) {
+  auto check = [&](const char *arg, float value) {
     check_finite(op, arg, value);
-    if (zero_too ? value < 0 : value <= 0)
-      fail(LE_ERROR_VALUE, "%s: %s: expected a number %s 0, got %g", op, arg,
-           zero_too ? "from" : "above", value);
+    if (value < 0) fail(LE_ERROR_VALUE, "%s: %s: expected a number from 0, got %g", op, arg, value);
   };
-  check("lr", step.lr, true);
-  check("lr_ratio", step.lr_ratio, true);
-  check("max_norm", step.max_norm, true);
-  check("weight_decay", step.weight_decay, true);
-  check("lr * lr_ratio", step.lr * step.lr_ratio, true);
-  check("lr * weight_decay", step.lr * std::max(1.0f, step.lr_ratio) * step.weight_decay, true);
+  check("lr", step.lr);
+  check("lr_ratio", step.lr_ratio);
+  check("max_norm", step.max_norm);
+  check("weight_decay", step.weight_decay);
+  check("lr * lr_ratio", step.lr * step.lr_ratio);
+  check("lr * weight_decay", step.lr * std::max(1.0f, step.lr_ratio) * step.weight_decay);
   if (ewc && &ewc->pool() != &pool)
     fail(LE_ERROR_VALUE, "%s: ewc: expected one made for this pool, got one of another", op);
 }
