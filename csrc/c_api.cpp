@@ -6,6 +6,7 @@
 
 #include "adapt.h"
 #include "dispatch.h"
+#include "nf4_linear.h"
 
 struct le_context {
   explicit le_context(int num_threads) : core(num_threads) {}
@@ -164,6 +165,31 @@ le_status le_ewc_step(le_context *ctx, const le_array *theta, const le_array *gr
   });
 }
 
+le_status le_nf4_encode(le_context *ctx, const le_array *W, int32_t blocksize, uint8_t *packed,
+                        float *absmax) {
+  return with_context("nf4_quantize", ctx, [&](le::Context &c) {
+    le::nf4_encode(c, W, blocksize, packed, absmax);
+  });
+}
+
+le_status le_nf4_decode(le_context *ctx, const le_nf4 *w, const le_array *W) {
+  return with_context("nf4_dequantize", ctx, [&](le::Context &c) { le::nf4_decode(c, w, W); });
+}
+
+le_status le_nf4_linear(le_context *ctx, const le_array *x, const le_nf4 *w, const le_array *bias,
+                        le_pool *pool, const le_array *ids, const le_array *weights,
+                        int32_t compute, const le_array *y) {
+  return with_context("nf4_linear", ctx, [&](le::Context &c) {
+    le::nf4_linear(c, {x, w, bias, pool ? &pool->core : nullptr, ids, weights, compute, y});
+  });
+}
+
+le_status le_nf4_linear_backward(le_context *ctx, const le_array *grad, const le_nf4 *w,
+                                 const le_array *dx) {
+  return with_context("nf4_linear_backward", ctx,
+                      [&](le::Context &c) { le::nf4_linear_backward(c, grad, w, dx); });
+}
+
 le_status le_pool_create(le_context *ctx, const le_pool_options *options, le_pool **out) {
   return with_context("AdapterPool", ctx, [&](le::Context &) {
     require("AdapterPool", "options", options);
@@ -239,9 +265,10 @@ le_status le_pool_get_info(le_pool *pool, le_pool_info *info) {
 }
 
 le_status le_pool_forward(le_pool *pool, const le_array *x, const le_array *ids,
-                          const le_array *weights, int32_t accumulate, const le_array *y) {
+                          const le_array *weights, int32_t transposed, int32_t accumulate,
+                          const le_array *y) {
   return with("batched_lora_delta", "pool", pool, [&](le::AdapterPool &p) {
-    le::pool_forward(p, x, ids, weights, accumulate != 0, y);
+    le::pool_forward(p, x, ids, weights, transposed != 0, accumulate != 0, y);
   });
 }
 

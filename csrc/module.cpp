@@ -16,6 +16,7 @@ NB_MODULE(_C, m) {
   if (le_abi_version() != LE_ABI_VERSION) throw std::runtime_error("lora_engine: ABI mismatch");
   le_py::bind_pool(m);
   le_py::bind_ops(m);
+  le_py::bind_nf4(m);
   m.def("isa", []() -> std::optional<std::string> {
     const char *name = le_isa();
     return name ? std::optional<std::string>(name) : std::nullopt;

@@ -28,7 +28,7 @@ struct DLExchange {
   void *current_stream;
 };
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4;
 
 [[noreturn]] void raise(PyObject *type, const std::string &text) {
   PyErr_SetString(type, text.c_str());
@@ -80,9 +80,10 @@ Array from_numpy(PyArrayObject *a, const char *op, const char *arg) {
   switch (PyArray_TYPE(a)) {
     case NPY_FLOAT32: v.dtype = LE_FLOAT32; break;
     case NPY_INT32: v.dtype = LE_INT32; break;
+    case NPY_UINT8: v.dtype = LE_UINT8; break;
     default: raise_dtype(op, arg, nb::handle(reinterpret_cast<PyObject *>(PyArray_DESCR(a))));
   }
-  int64_t size = 4;
+  int64_t size = PyArray_ITEMSIZE(a);
   bool usable = PyArray_ISALIGNED(a) && PyArray_ISNOTSWAPPED(a);
   for (int i = 0; i < ndim; ++i) {
     v.shape[i] = PyArray_DIM(a, i);
@@ -173,6 +174,8 @@ void set_dtype(le_array &v, uint8_t code, uint8_t bits, nb::handle object, const
     v.dtype = LE_BFLOAT16;
   else if (code == kInt && bits == 32)
     v.dtype = LE_INT32;
+  else if (code == kUInt && bits == 8)
+    v.dtype = LE_UINT8;
   else
     raise_dtype(op, arg, object.attr("dtype"));
 }

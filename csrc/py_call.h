@@ -33,5 +33,9 @@ le_status run(const Array &x, int64_t elements, Call &&call) {
 // The parts of the module, one a file.
 void bind_pool(nb::module_ &m);
 void bind_ops(nb::module_ &m);
+void bind_nf4(nb::module_ &m);
+
+// Of a Pool; NULL for None.
+le_pool *pool_handle(nb::handle pool);
 
 }  // namespace le_py

@@ -110,17 +110,17 @@ class Pool {
   }
 
   nb::object forward(nb::handle x, nb::handle ids, nb::handle weights, nb::object out,
-                     bool accumulate) {
+                     bool accumulate, bool transposed) {
     const char *op = "batched_lora_delta";
     Array xa = as_array(x, op, "x"), ia = as_array(ids, op, "ids");
     Array wa = as_optional_array(weights, op, "weights");
     if (out.is_none()) {
-      out = new_output(x, xa, out_);
+      out = new_output(x, xa, transposed ? in_ : out_);
       accumulate = false;
     }
     Array ya = as_array(out, op, "out");
     check(run(xa, elements(xa, adapters_of(ia)), [&] {
-      return le_pool_forward(pool_, xa.ptr(), ia.ptr(), wa.ptr(), accumulate, ya.ptr());
+      return le_pool_forward(pool_, xa.ptr(), ia.ptr(), wa.ptr(), transposed, accumulate, ya.ptr());
     }));
     return out;
   }
@@ -247,6 +247,10 @@ class Ewc {
 
 }  // namespace
 
+le_pool *pool_handle(nb::handle pool) {
+  return pool.is_none() ? nullptr : nb::cast<Pool &>(pool).handle();
+}
+
 void bind_pool(nb::module_ &m) {
   nb::class_<Step>(m, "Step", "How a step is taken: le_step of lora_engine.h.")
       .def(
@@ -273,7 +277,7 @@ void bind_pool(nb::module_ &m) {
       .def("rollback", &Pool::rollback, "slot"_a)
       .def("info", &Pool::info)
       .def("forward", &Pool::forward, "x"_a.none(), "ids"_a.none(), "weights"_a.none(),
-           "out"_a.none(), "accumulate"_a)
+           "out"_a.none(), "accumulate"_a, "transposed"_a = false)
       .def("forward_slot", &Pool::forward_slot, "x"_a.none(), "slot"_a, "out"_a.none(),
            "accumulate"_a, "transposed"_a, "width"_a)
       .def("adapt", &Pool::adapt, "x"_a.none(), "grad"_a.none(), "ids"_a.none(), "weights"_a.none(),

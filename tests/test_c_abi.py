@@ -58,6 +58,7 @@ LIB.le_pool_forward.argtypes = [
     c.c_void_p,
     *[c.POINTER(LeArray)] * 3,
     c.c_int32,
+    c.c_int32,
     c.POINTER(LeArray),
 ]
 LIB.le_pool_adapt.argtypes = [
@@ -114,7 +115,7 @@ def test_forward_and_adapt_match_the_reference(handles):
     x, grad = rng.standard_normal((3, 16)).astype("f4"), rng.standard_normal((3, 8)).astype("f4")
     ids = np.array([slot, -1, slot], "i4")
     y = np.full((3, 8), np.nan, "f4")
-    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 0, view(y)) == OK
+    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 0, 0, view(y)) == OK
     want = reference.lora_delta(x, A, B, 0.5)
     assert np.allclose(y[[0, 2]], want[[0, 2]], rtol=0, atol=1e-5)
     assert (y[1] == 0).all()
@@ -127,7 +128,7 @@ def test_forward_and_adapt_match_the_reference(handles):
     assert (status, outcomes.tolist()) == (OK, [1, 0, 1])
     gA, gB = reference.adapter_gradients(x[[0, 2]], grad[[0, 2]], A, B, 0.5)
     moved = reference.lora_delta(x, A - 0.05 * gA, B - 0.05 * gB, 0.5)
-    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 0, view(y)) == OK
+    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 0, 0, view(y)) == OK
     assert np.allclose(y[[0, 2]], moved[[0, 2]], rtol=0, atol=1e-5)
 
 
@@ -135,14 +136,14 @@ def test_errors_are_statuses_with_words(handles):
     ctx, pool = handles
     slot, *_ = add(pool)
     x, y, ids = np.ones((1, 15), "f4"), np.full((1, 8), 7.0, "f4"), np.array([slot], "i4")
-    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 1, view(y)) == VALUE
+    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 0, 1, view(y)) == VALUE
     assert LIB.le_last_error(ctx) == (
         b"batched_lora_delta: x: expected shape [n, in] = [n, 16], got [1, 15]"
     )
     x = np.ones((1, 16), "f4")
-    assert LIB.le_pool_forward(pool, view(x), view(x), None, 1, view(y)) == TYPE
+    assert LIB.le_pool_forward(pool, view(x), view(x), None, 0, 1, view(y)) == TYPE
     assert LIB.le_pool_remove(pool, slot) == OK
-    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 1, view(y)) == INDEX
+    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 0, 1, view(y)) == INDEX
     assert LIB.le_pool_remove(pool, slot) == INDEX
     assert b"removed" in LIB.le_last_error(ctx)
     assert (y == 7.0).all()
@@ -152,10 +153,10 @@ def test_null_pointers_are_refused(handles):
     ctx, pool = handles
     x, y = np.ones((1, 16), "f4"), np.ones((1, 8), "f4")
     ids = np.zeros(1, "i4")
-    assert LIB.le_pool_forward(None, view(x), view(ids), None, 1, view(y)) == VALUE
+    assert LIB.le_pool_forward(None, view(x), view(ids), None, 0, 1, view(y)) == VALUE
     assert b"pool: expected a pointer, got NULL" in LIB.le_last_error(ctx)
-    assert LIB.le_pool_forward(pool, None, view(ids), None, 1, view(y)) == VALUE
-    assert LIB.le_pool_forward(pool, view(x), None, None, 1, view(y)) == VALUE
-    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 1, None) == VALUE
+    assert LIB.le_pool_forward(pool, None, view(ids), None, 0, 1, view(y)) == VALUE
+    assert LIB.le_pool_forward(pool, view(x), None, None, 0, 1, view(y)) == VALUE
+    assert LIB.le_pool_forward(pool, view(x), view(ids), None, 0, 1, None) == VALUE
     assert LIB.le_pool_create(ctx, None, None) == VALUE
     assert LIB.le_context_create(-1, c.byref(c.c_void_p())) == VALUE

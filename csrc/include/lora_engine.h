@@ -50,7 +50,8 @@ typedef enum le_dtype {
   LE_FLOAT32 = 0,
   LE_BFLOAT16 = 1,
   LE_FLOAT16 = 2, /* reserved: no op takes it yet */
-  LE_INT32 = 3
+  LE_INT32 = 3,
+  LE_UINT8 = 4 /* packed NF4 */
 } le_dtype;
 
 #define LE_MAX_DIMS 4
@@ -163,14 +164,55 @@ LE_API le_status le_pool_get_info(le_pool *pool, le_pool_info *info);
 /* y_i += sum_j w_ij scaling_j B_j (A_j x_i); without accumulate y_i = that.
  * ids int32 [n] or [n, k], -1 for none; weights float32 like ids, or NULL for
  * ones. A row with no adapter keeps its bits (without accumulate: zeros). A
- * row's result does not depend on the other rows. */
+ * row's result does not depend on the other rows. transposed: x is [n, out], y
+ * [n, in], and a row's result is sum_j w_ij scaling_j A_j^T (B_j^T x_i): the
+ * gradient with respect to x. */
 LE_API le_status le_pool_forward(le_pool *pool, const le_array *x, const le_array *ids,
-                                 const le_array *weights, int32_t accumulate, const le_array *y);
+                                 const le_array *weights, int32_t transposed, int32_t accumulate,
+                                 const le_array *y);
 
-/* The same with one slot for all rows. transposed: x is [n, out], y [n, in],
- * and the result is scaling A^T (B^T x): the gradient with respect to x. */
+/* The same with one slot for all rows. */
 LE_API le_status le_pool_forward_slot(le_pool *pool, int32_t slot, const le_array *x,
                                       int32_t transposed, int32_t accumulate, const le_array *y);
+
+/* ---- NF4: 4-bit weights as bitsandbytes stores them ---------------------- */
+
+/* A matrix W [rows, cols], rows being the out features; borrowed, never written.
+ * Two codes a byte over the flat row-major tensor, the even element in the high
+ * bits; blocks of `blocksize` elements run over the flat tensor and share a scale:
+ * absmax[i], or with double quantisation (absmax NULL)
+ * nested_map[absmax_codes[i]] * nested_absmax[i / nested_blocksize] + nested_offset. */
+typedef struct le_nf4 {
+  const uint8_t *packed; /* [(rows * cols + 1) / 2] */
+  int64_t rows, cols;
+  int32_t blocksize;           /* a power of two, 32 to 4096 */
+  const float *absmax;         /* [blocks], blocks = ceil(rows * cols / blocksize) */
+  const uint8_t *absmax_codes; /* [blocks] */
+  const float *nested_absmax;  /* [ceil(blocks / nested_blocksize)] */
+  const float *nested_map;     /* [256] */
+  int32_t nested_blocksize;
+  float nested_offset;
+} le_nf4;
+
+/* Encodes W [rows, cols] into caller-owned packed [(rows * cols + 1) / 2] and
+ * absmax [blocks]: the upper of two codes where W / absmax is above their midpoint.
+ * A value that is not finite is LE_ERROR_VALUE. */
+LE_API le_status le_nf4_encode(le_context *ctx, const le_array *W, int32_t blocksize,
+                               uint8_t *packed, float *absmax);
+/* W = code * absmax in float32, then rounded to the dtype of W [rows, cols]. */
+LE_API le_status le_nf4_decode(le_context *ctx, const le_nf4 *w, const le_array *W);
+
+/* y = x W^T + bias + the pool's deltas: x [n, cols], y [n, rows] of x's dtype, bias
+ * [rows] or NULL; pool NULL, or one of in features cols and out features rows with ids
+ * and weights as in le_pool_forward. compute: LE_FLOAT32, LE_BFLOAT16 (x and codes are
+ * rounded to it, sums stay float32), or -1: that of x, float32 for float16. A row of no
+ * adapter has the bits it has without a pool. */
+LE_API le_status le_nf4_linear(le_context *ctx, const le_array *x, const le_nf4 *w,
+                               const le_array *bias, le_pool *pool, const le_array *ids,
+                               const le_array *weights, int32_t compute, const le_array *y);
+/* dx = grad W: grad [n, rows], dx [n, cols] of grad's dtype. W is never decoded whole. */
+LE_API le_status le_nf4_linear_backward(le_context *ctx, const le_array *grad, const le_nf4 *w,
+                                        const le_array *dx);
 
 /* ---- learning ----------------------------------------------------------- */
 

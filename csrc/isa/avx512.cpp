@@ -21,4 +21,6 @@ inline Lanes fma_halves(Lanes a, Lanes b, Lanes c) {
 #endif
 #define LE_NAME "avx512"
 #define LE_TABLE kernels_avx512
+#include "nf4_avx512.h"
+#define LE_NF4_BFLOAT float_compute<FloatLanes>()
 #include "bodies.h"

@@ -2,6 +2,7 @@
 // after vec.h's two macros and names its table with LE_TABLE.
 #pragma once
 
+#include "nf4_bodies.h"
 #include "vec.h"
 
 namespace le {
@@ -219,6 +220,7 @@ const Kernels LE_TABLE = {
     {update<float>, update<Bf16>},
     widen,
     round,
+    nf4_kernels(LE_NF4_BFLOAT),
 };
 
 }  // namespace le

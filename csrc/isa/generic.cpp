@@ -3,4 +3,6 @@
 #define LE_FMA(a, b, c) ((a) * (b) + (c))
 #define LE_NAME "generic"
 #define LE_TABLE kernels_generic
+#include "nf4_generic.h"
+#define LE_NF4_BFLOAT float_compute<FloatLanes>()
 #include "bodies.h"

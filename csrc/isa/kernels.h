@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../common.h"
+#include "nf4_kernels.h"
 
 namespace le {
 
@@ -43,6 +44,7 @@ struct Kernels {
   UpdateFn update[kNumDtypes];              // [dtype of theta]
   void (*widen)(const Bf16 *src, int64_t n, float *dst);
   void (*round)(const float *src, int64_t n, Bf16 *dst);  // to nearest, ties to even
+  Nf4Kernels nf4;
 };
 
 extern const Kernels kernels_generic;

@@ -1,0 +1,76 @@
+// Op 1: the delta of one adapter that lies in two arrays.
+#include "forward.h"
+#include "tiles.h"
+
+namespace le {
+namespace {
+
+struct PackMemory {
+  Scratch<float> f32;
+  Scratch<Bf16> bf16;
+};
+
+template <class T>
+void pack(const Rows &m, T *to) {
+  const T *from = reinterpret_cast<const T *>(m.data);
+  constexpr int64_t kBlock = 64;  // columns at a time: a transpose reads each line once
+  for (int64_t j0 = 0; j0 < m.width; j0 += kBlock) {
+    int64_t j1 = std::min(j0 + kBlock, m.width);
+    for (int64_t i = 0; i < m.n; ++i)
+      for (int64_t j = j0; j < j1; ++j)
+        to[i * m.width + j] = from[i * m.row_stride + j * m.col_stride];
+  }
+}
+
+// The rows of a matrix, made contiguous where they are not (a transpose's rows
+// are its matrix's columns).
+const char *packed_rows(const Rows &m, PackMemory &memory, int64_t *stride) {
+  int64_t size = dtype_size(m.dtype);
+  if (m.contiguous_rows()) {
+    *stride = m.row_stride * size;
+    return m.data;
+  }
+  *stride = m.width * size;
+  if (m.dtype == LE_FLOAT32) {
+    float *to = memory.f32.get(m.n * m.width);
+    pack(m, to);
+    return reinterpret_cast<const char *>(to);
+  }
+  Bf16 *to = memory.bf16.get(m.n * m.width);
+  pack(m, to);
+  return reinterpret_cast<const char *>(to);
+}
+
+}  // namespace
+
+void lora_delta(Context &context, const le_array *x, const le_array *A, const le_array *B,
+                float scaling, bool accumulate, const le_array *y) {
+  const char *op = "lora_delta";
+  Rows a = float_matrix(op, "A", A, -1, -1, "[r, in]");
+  Rows b = float_matrix(op, "B", B, -1, a.n, "[out, r]");
+  check_dtype(op, "B", b.dtype, a.dtype, ", the dtype of A");
+  check_finite(op, "scaling", scaling);
+  Shape shape = checked_shape(op, x, a.width, "[n, in]", y, b.n, "[n, out]", a.dtype, accumulate);
+  check_overlap(op, "out", shape.y, "A", a);
+  check_overlap(op, "out", shape.y, "B", b);
+  if (shape.x.n == 0 || b.n == 0) return;
+
+  static thread_local PackMemory a_memory, b_memory;
+  static thread_local Scratch<int64_t> row_memory;
+  Rows bt = b;
+  std::swap(bt.n, bt.width);
+  std::swap(bt.row_stride, bt.col_stride);
+  int64_t a_stride, bt_stride;
+  const char *down = packed_rows(a, a_memory, &a_stride);
+  const char *up = packed_rows(bt, b_memory, &bt_stride);
+  Term term{down, up, a_stride, bt_stride, a.n, scaling};
+  const int64_t *rows = row_numbers(shape.x.n, row_memory);
+  int64_t tiles = (shape.x.n + kTileRows - 1) / kTileRows;
+  int64_t bytes = shape.x.n * a.n * (a.width + b.n) * dtype_size(a.dtype);
+  run_tiles(context, shape, tiles, bytes, [&](int64_t index, auto &&run) {
+    Tile tile{rows + index * kTileRows, std::min(kTileRows, shape.x.n - index * kTileRows)};
+    run(tile, tile_inputs(shape, tile, buffers()), &term, 1, 0, shape.y.width);
+  });
+}
+
+}  // namespace le
