@@ -167,9 +167,8 @@ le_status le_ewc_step(le_context *ctx, const le_array *theta, const le_array *gr
 
 le_status le_nf4_encode(le_context *ctx, const le_array *W, int32_t blocksize, uint8_t *packed,
                         float *absmax) {
-  return with_context("nf4_quantize", ctx, [&](le::Context &c) {
-    le::nf4_encode(c, W, blocksize, packed, absmax);
-  });
+  return with_context("nf4_quantize", ctx,
+                      [&](le::Context &c) { le::nf4_encode(c, W, blocksize, packed, absmax); });
 }
 
 le_status le_nf4_decode(le_context *ctx, const le_nf4 *w, const le_array *W) {

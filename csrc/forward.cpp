@@ -147,8 +147,7 @@ void BatchedDelta::run(const Shape &shape) const {
 
 void BatchedDelta::run_transposed(const Shape &shape) const {
   if (!shape.accumulate)
-    for (int64_t i = 0; i < shape.x.n; ++i)
-      no_terms(shape, {&i, 1}, 0, shape.y.width, buffers());
+    for (int64_t i = 0; i < shape.x.n; ++i) no_terms(shape, {&i, 1}, 0, shape.y.width, buffers());
   int64_t column = 0;
   for (int s = 0; s < pool_.num_slices(); ++s) {
     Shape part = shape;
@@ -210,9 +209,8 @@ void BatchedDelta::expand(const Kernels &k, int64_t column, int64_t n, float *y,
       Term *of = b.terms.get(tiles_[t].pairs);
       int64_t adapters = terms(tiles_[t], s, false, of), rank = total_rank(of, adapters);
       if (rank)
-        expand_terms(shape, tile(tiles_[t]), of, adapters,
-                     h_ + starts_[t * pool_.num_slices() + s], rank, from - base, from - column,
-                     to - from, b);
+        expand_terms(shape, tile(tiles_[t]), of, adapters, h_ + starts_[t * pool_.num_slices() + s],
+                     rank, from - base, from - column, to - from, b);
     }
   }
 }

@@ -33,8 +33,9 @@ Nf4Matrix::Nf4Matrix(const char *op, const le_nf4 *w) : w_(w ? *w : le_nf4{}) {
   if (!w) fail(LE_ERROR_VALUE, "%s: w: expected an NF4 matrix, got NULL", op);
   constexpr int64_t kMost = int64_t(1) << 48;
   if (w_.rows < 1 || w_.cols < 1 || w_.rows > kMost / w_.cols)
-    fail(LE_ERROR_VALUE, "%s: w: expected rows and cols from 1, 2^48 elements at most, got [%lld, %lld]",
-         op, static_cast<long long>(w_.rows), static_cast<long long>(w_.cols));
+    fail(LE_ERROR_VALUE,
+         "%s: w: expected rows and cols from 1, 2^48 elements at most, got [%lld, %lld]", op,
+         static_cast<long long>(w_.rows), static_cast<long long>(w_.cols));
   check_blocksize(op, w_.blocksize);
   bool nested = !w_.absmax;
   if (!w_.packed || (nested && !(w_.absmax_codes && w_.nested_absmax && w_.nested_map)))
@@ -147,8 +148,8 @@ void nf4_decode(Context &context, const le_nf4 *w, const le_array *W) {
   matrix.check_apart(op, "out", to);
   const Kernels &k = kernels();
   int64_t total = matrix.elements();
-  context.threads.run((total + kTaskElements - 1) / kTaskElements,
-                      context.threads_for(5 * total), [&](int64_t task) {
+  context.threads.run((total + kTaskElements - 1) / kTaskElements, context.threads_for(5 * total),
+                      [&](int64_t task) {
                         static thread_local Nf4Matrix::Buffers b;
                         int64_t first = task * kTaskElements;
                         int64_t last = std::min(total, first + kTaskElements);

@@ -9,13 +9,13 @@
 namespace le {
 namespace {
 
-constexpr int64_t kColumns = 64;           // of y in one task
+constexpr int64_t kColumns = 64;            // of y in one task
 constexpr int64_t kTaskFloats = 64 * 1024;  // of y in one task, at most
-constexpr int64_t kFewRows = 16;           // up to here codes stay in registers
-constexpr int64_t kLaneRows = 4;           // rows of x that share a decoded register
-constexpr int64_t kSpanBytes = 16 * 1024;  // of x that stay in the L1 meanwhile
-constexpr int64_t kTileSpan = 1024;        // columns of a decoded tile
-constexpr int64_t kBlockRows = 64;         // rows of x that meet a decoded tile
+constexpr int64_t kFewRows = 16;            // up to here codes stay in registers
+constexpr int64_t kLaneRows = 4;            // rows of x that share a decoded register
+constexpr int64_t kSpanBytes = 16 * 1024;   // of x that stay in the L1 meanwhile
+constexpr int64_t kTileSpan = 1024;         // columns of a decoded tile
+constexpr int64_t kBlockRows = 64;          // rows of x that meet a decoded tile
 
 struct Nf4Buffers {
   Nf4Matrix::Buffers decode;
@@ -51,8 +51,7 @@ void few_rows(const Product &p, int64_t column, int64_t count, float *y) {
     for (int64_t c = 0; c < chunks; c += span) {
       int64_t part = std::min(span, chunks - c);
       const void *x[kLaneRows];
-      for (int64_t r = 0; r < m; ++r)
-        x[r] = p.x + (i + r) * p.x_stride + c * p.compute->lane_bytes;
+      for (int64_t r = 0; r < m; ++r) x[r] = p.x + (i + r) * p.x_stride + c * p.compute->lane_bytes;
       for (int64_t j = 0; j < count; ++j) {
         int64_t first = (column + j) * chunks + c;
         p.compute->row_dots(m, x, w.chunk(first), part, w.scales(first, part, b.decode.scales),
@@ -84,8 +83,8 @@ void many_rows(const Product &p, int64_t column, int64_t count, float *y) {
         const void *tile[kNf4TileRows];
         for (int64_t r = 0; r < kNf4TileRows; ++r) {
           int64_t first = (column + j + std::min(r, there - 1)) * cols + at;
-          tile[r] = r < there ? w.decode(p.compute->decode, first, first + part,
-                                         memory + r * room, b.decode)
+          tile[r] = r < there ? w.decode(p.compute->decode, first, first + part, memory + r * room,
+                                         b.decode)
                               : tile[r - 1];
         }
         for (int64_t r = 0; r < m; ++r)
@@ -135,9 +134,9 @@ void read_inputs(const Rows &x, int32_t compute, bool few, Product *p, Context &
     if (rounds && !to_bfloat) k.widen(narrow + i * width, width, row);
     if (few) p->compute->to_lanes(row, chunks, lanes + i * lane_floats);
   });
-  p->x = few        ? reinterpret_cast<const char *>(lanes)
+  p->x = few         ? reinterpret_cast<const char *>(lanes)
          : to_bfloat ? reinterpret_cast<const char *>(narrow)
-                    : reinterpret_cast<const char *>(wide);
+                     : reinterpret_cast<const char *>(wide);
   p->x_stride = few ? 4 * lane_floats : (to_bfloat ? 2 : 4) * width;
 }
 
@@ -179,8 +178,8 @@ void nf4_linear(Context &context, const Nf4Linear &call) {
   bool few = p.n <= kFewRows && w.whole_rows();
   read_inputs(shape.x, compute, few, &p, context);
 
-  int64_t columns = std::clamp(kTaskFloats / p.n / kNf4TileRows * kNf4TileRows, kNf4TileRows,
-                               kColumns);
+  int64_t columns =
+      std::clamp(kTaskFloats / p.n / kNf4TileRows * kNf4TileRows, kNf4TileRows, kColumns);
   int threads = context.threads_for(w.packed_bytes() * std::max<int64_t>(p.n / 8, 1));
   context.threads.run((rows + columns - 1) / columns, threads, [&](int64_t task) {
     int64_t column = task * columns, count = std::min(columns, rows - column);
@@ -195,8 +194,7 @@ void nf4_linear(Context &context, const Nf4Linear &call) {
       for (int64_t i = 0; i < p.n; ++i)
         for (int64_t j = 0; j < count; ++j) y[i * count + j] += p.bias[column + j];
     if (delta) delta->expand(k, column, count, y, count);
-    for (int64_t i = 0; i < p.n; ++i)
-      store_row(k, shape.y, i, column, count, y + i * count, false);
+    for (int64_t i = 0; i < p.n; ++i) store_row(k, shape.y, i, column, count, y + i * count, false);
   });
 }
 
@@ -229,8 +227,7 @@ void nf4_linear_backward(Context &context, const le_array *grad, const le_nf4 *w
       const void *decoded[kRows];
       for (int64_t t = 0; t < terms; ++t) {
         int64_t first = (row + t) * cols + column;
-        decoded[t] =
-            matrix.decode(k.nf4.decode, first, first + count, tile + t * room, b.decode);
+        decoded[t] = matrix.decode(k.nf4.decode, first, first + count, tile + t * room, b.decode);
       }
       k.expand[LE_FLOAT32][LE_FLOAT32](n, terms, up + row, rows, decoded, count, out, row > 0);
     }

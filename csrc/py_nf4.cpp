@@ -133,9 +133,8 @@ nb::object nf4_linear_backward(nb::handle grad, const Nf4 &w, nb::object out) {
   Array ga = as_array(grad, op, "grad");
   if (out.is_none()) out = new_output(grad, ga, w.get()->cols);
   Array da = as_array(out, op, "out");
-  check(run(ga, w.work(ga.rows()), [&] {
-    return le_nf4_linear_backward(context(), ga.ptr(), w.get(), da.ptr());
-  }));
+  check(run(ga, w.work(ga.rows()),
+            [&] { return le_nf4_linear_backward(context(), ga.ptr(), w.get(), da.ptr()); }));
   return out;
 }
 

@@ -41,7 +41,8 @@ LE_INLINE void natural_codes(const uint8_t *p, F *c) {
     which[i] = i / 8;
   }
 #pragma GCC unroll 4
-  for (uint32_t v = 0; v < 4; ++v) c[v] = permute(kNf4Codes, permute(words, which + 2 * v) >> shift);
+  for (uint32_t v = 0; v < 4; ++v)
+    c[v] = permute(kNf4Codes, permute(words, which + 2 * v) >> shift);
 }
 
 // Nibble n (from the lowest) of 16 bits that hold elements 0 to 3.

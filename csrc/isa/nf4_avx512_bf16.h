@@ -23,9 +23,8 @@ LE_INLINE Words bfloat_codes(Words index) {
 }
 // acc + the products of the 16 pairs of bfloat16 of a and b.
 LE_INLINE F dot_pairs(F acc, Words a, Words b) {
-  return reinterpret_cast<F>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc),
-                                              reinterpret_cast<__m512bh>(a),
-                                              reinterpret_cast<__m512bh>(b)));
+  return reinterpret_cast<F>(_mm512_dpbf16_ps(
+      reinterpret_cast<__m512>(acc), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 }
 #else
 LE_INLINE Words bfloat_codes(Words index) {
@@ -66,12 +65,11 @@ void to_pair_lanes(const float *x, int64_t chunks, void *to) {
 // The scales of the lanes of two chunks; of the first alone with `last`.
 template <bool HALVES>
 LE_INLINE F pair_scales(const float *s, bool last) {
-  F scales;
-  for (int i = 0; i < W; ++i) {
-    int which = HALVES ? i / 4 : i / 8;
-    scales[i] = last && i >= W / 2 ? 0.0f : s[which];
-  }
-  return scales;
+  if (!HALVES) return half_scales(s[0], last ? 0.0f : s[1]);
+  const U quarter = iota() % 8u;
+  F first = quarter < 4u ? set1(s[0]) : set1(s[1]);
+  F second = last ? F{} : quarter < 4u ? set1(s[2]) : set1(s[3]);
+  return iota() < 8u ? first : second;
 }
 
 template <int M, bool HALVES>
@@ -144,8 +142,7 @@ LE_INLINE void pair_dots_tile(const Bf16 *const *x, const Bf16 *const *w, int64_
   };
   int64_t p = 0;
   for (; p + 32 <= k; p += 32) add([p](const Bf16 *row) { return load_words(row + p); });
-  if (p < k)
-    add([p, k](const Bf16 *row) { return load_words(row + p, 2 * (k - p)); });
+  if (p < k) add([p, k](const Bf16 *row) { return load_words(row + p, 2 * (k - p)); });
   for (int i = 0; i < MT; ++i)
     for (int j = 0; j < N; ++j) store(to + (i * N + j) * W, acc[i][j]);
 }

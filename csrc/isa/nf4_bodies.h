@@ -16,10 +16,9 @@ namespace {
 
 constexpr int kVectors = static_cast<int>(kNf4Chunk) / W;
 
+// `first` in the lower half of the lanes.
 LE_INLINE F half_scales(float first, float second) {
-  F s;
-  for (int i = 0; i < W; ++i) s[i] = i < W / 2 ? first : second;
-  return s;
+  return iota() < static_cast<uint32_t>(W / 2) ? set1(first) : set1(second);
 }
 
 // ---- few rows of x: codes stay in registers ----------------------------------
@@ -33,19 +32,25 @@ void to_lanes(const float *x, int64_t chunks, void *to) {
         lanes[c * kNf4Chunk + v * W + i] = x[c * kNf4Chunk + Lanes::element(v, i)];
 }
 
+// With few rows two partial sums a chunk hide the FMA's latency.
 template <class Lanes, int M, bool HALVES>
 LE_INLINE void row_dots_of(const float *const *x, const uint8_t *packed, int64_t chunks,
                            const float *scales, float *to, bool first) {
+  constexpr int kParts = M <= 2 ? 2 : 1;
   F total[M] = {};
   if (!first)
     for (int i = 0; i < M; ++i) total[i] = load(to + i * W);
   for (int64_t c = 0; c < chunks; ++c) {
-    F acc[M] = {};
+    F acc[M][kParts] = {};
     Lanes::each(packed + c * kNf4ChunkBytes, [&](int v, F code) {
-      for (int i = 0; i < M; ++i) acc[i] = fma(code, load(x[i] + c * kNf4Chunk + v * W), acc[i]);
+      for (int i = 0; i < M; ++i) {
+        F &to = acc[i][v % kParts];
+        to = fma(code, load(x[i] + c * kNf4Chunk + v * W), to);
+      }
     });
     F scale = HALVES ? half_scales(scales[2 * c], scales[2 * c + 1]) : set1(scales[c]);
-    for (int i = 0; i < M; ++i) total[i] = fma(acc[i], scale, total[i]);
+    for (int i = 0; i < M; ++i)
+      total[i] = fma(kParts == 2 ? acc[i][0] + acc[i][kParts - 1] : acc[i][0], scale, total[i]);
   }
   for (int i = 0; i < M; ++i) store(to + i * W, total[i]);
 }

@@ -28,7 +28,9 @@ LE_INLINE void natural_codes(const uint8_t *p, F *c) {
 }
 
 struct FloatLanes {
-  static constexpr int element(int v, int lane) { return lane < 2 ? 2 * v + lane : 30 + 2 * v + lane; }
+  static constexpr int element(int v, int lane) {
+    return lane < 2 ? 2 * v + lane : 30 + 2 * v + lane;
+  }
   template <class Use>
   static LE_INLINE void each(const uint8_t *p, Use &&use) {
     for (int v = 0; v < 16; ++v) use(v, two_pairs(p[v], p[16 + v]));

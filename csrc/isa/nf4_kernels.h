@@ -45,7 +45,7 @@ struct Nf4Scales {
 // How a product is computed: what its operands are rounded to, and in which order
 // they lie in the registers.
 struct Nf4Compute {
-  int32_t dtype;  // of x rows and decoded tiles in `dots`: LE_FLOAT32 or LE_BFLOAT16
+  int32_t dtype;       // of x rows and decoded tiles in `dots`: LE_FLOAT32 or LE_BFLOAT16
   int64_t lane_bytes;  // of a chunk of x in `to_lanes`' order
   // One row of x, `chunks` of it, in the order in which row_dots wants it. Its
   // values are already rounded.
@@ -65,7 +65,7 @@ struct Nf4Compute {
 struct Nf4Kernels {
   Nf4Compute compute[2];  // [LE_FLOAT32, LE_BFLOAT16]
   void (*decode)(const uint8_t *packed, int64_t chunks, Nf4Scales scales, void *dst);  // float32
-  int64_t lanes;          // floats in a vector of acc
+  int64_t lanes;  // floats in a vector of acc
   // y[i] = the sum of vector i of acc.
   void (*sums)(int64_t count, const float *acc, float *y);
   // Codes 0..15 of x[i] / absmax: the upper one iff above the midpoint.
