@@ -41,6 +41,27 @@ def _adapter_delta(x: F64, adapter: Adapter, outs: Sequence[int]) -> F64:
     return np.concatenate(parts, axis=1)
 
 
+def transposed(adapter: Adapter, outs: Sequence[int]) -> Adapter:
+    """The adapter whose delta of grad [n, out] is the gradient with respect to x.
+
+    s Aᵀ (Bᵀ grad), summed over slices: one slice with A' = blockdiag(B)ᵀ, B' = Aᵀ.
+    """
+    starts = np.cumsum([0, *outs[:-1]])
+    here = [
+        (_f64(A), _f64(B), first)
+        for A, B, first in zip(adapter.A, adapter.B, starts, strict=True)
+        if A is not None
+    ]
+    if not here:
+        return Adapter([None], [None], adapter.scaling)
+    down = np.zeros((sum(len(A) for A, _, _ in here), sum(outs)))
+    row = 0
+    for A, B, first in here:
+        down[row : row + len(A), first : first + len(B)] = B.T
+        row += len(A)
+    return Adapter([down], [np.concatenate([A for A, _, _ in here]).T], adapter.scaling)
+
+
 def _pairs(ids: ArrayLike, weights: ArrayLike | None) -> tuple[NDArray[np.int64], F64]:
     """ids and weights as [n, k]."""
     slots = np.asarray(ids, dtype=np.int64)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
+
+from lora_engine.backends import chosen
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -47,4 +50,91 @@ class _MicroLoRADelta(torch.autograd.Function):
 def micro_lora_delta(x: torch.Tensor, module: Any, recompute: bool) -> torch.Tensor:
     """The delta of one MicroLoRA module, recorded by autograd."""
     result: torch.Tensor = _MicroLoRADelta.apply(x, module, recompute)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Nf4Linear(torch.autograd.Function):
+    """y = x Wᵀ + bias + deltas; the backward pass gives dL/dx = dL/dy W + the deltas' part,
+    dL/dbias, and adds the gradients of the adapters to the pool's pending ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        w: Any,
+        pool: Any,
+        ids: Any,
+        weights: Any,
+        compute: str | None,
+    ) -> torch.Tensor:
+        x = x.detach()
+        ctx.w, ctx.pool, ctx.ids, ctx.weights = w, pool, ids, weights
+        ctx.save_for_backward(x)
+        storage = None if pool is None else pool._storage
+        ctx.versions = {s: pool.version(s) for s in _slots(ids)} if pool is not None else {}
+        bias = None if bias is None else bias.detach()
+        result: torch.Tensor = chosen().nf4_linear(
+            x, w._handle, bias, storage, ids, weights, None, compute
+        )
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        pool = ctx.pool
+        for slot, version in ctx.versions.items():
+            if pool.version(slot) != version:
+                raise RuntimeError(
+                    "nf4_linear: backward: expected the weights of the forward pass,"
+                    f" got weights of slot {slot} that were changed since"
+                )
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = chosen().nf4_linear_backward(grad, ctx.w._handle, None)
+            if pool is not None:
+                pool._storage.forward(grad, ctx.ids, ctx.weights, dx, True, True)
+        if ctx.needs_input_grad[1]:
+            dbias = grad.sum(0)
+        for slot in ctx.versions:
+            rows, scale = _rows_of(slot, ctx.ids, ctx.weights)
+            up = grad[rows] if scale is None else (grad[rows] * scale[:, None]).to(grad.dtype)
+            pool.accumulate_gradient(slot, x[rows], up)
+        return dx, dbias, None, None, None, None, None
+
+
+def _slots(ids: Any) -> list[int]:
+    """The slots that ids name, ascending."""
+    return sorted({int(s) for s in np.unique(np.asarray(ids)) if s != -1})
+
+
+def _rows_of(slot: int, ids: Any, weights: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The rows that name a slot, and the weight each gives it (None: one)."""
+    named = np.asarray(ids) == slot
+    by_row = named if named.ndim == 1 else named.any(axis=1)
+    rows = torch.from_numpy(np.flatnonzero(by_row))
+    if weights is None and (named.ndim == 1 or int(named.sum()) == len(rows)):
+        return rows, None
+    w = named.astype(np.float32) if weights is None else np.where(named, np.asarray(weights), 0)
+    total = w if w.ndim == 1 else w.sum(axis=1)
+    return rows, torch.from_numpy(total.astype(np.float32))[rows]
+
+
+def nf4_linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    w: Any,
+    pool: Any,
+    ids: Any,
+    weights: Any,
+    compute: str | None,
+) -> torch.Tensor:
+    """``ops.nf4_linear`` of x [n, in], recorded by autograd."""
+    if getattr(weights, "requires_grad", False):
+        raise ValueError(
+            "nf4_linear: weights: expected a tensor outside autograd, got one that"
+            " requires grad: it is differentiable in x, bias and the adapters"
+        )
+    result: torch.Tensor = _Nf4Linear.apply(x, bias, w, pool, ids, weights, compute)  # type: ignore[no-untyped-call]
     return result

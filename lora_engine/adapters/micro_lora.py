@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import zlib
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 
 from lora_engine import ops
 from lora_engine.adapters.config import MicroLoRAConfig
+from lora_engine.adapters.pending import PendingGradient
 from lora_engine.adapters.pool import AdapterPool
 
 if TYPE_CHECKING:
@@ -39,57 +39,16 @@ class AdaptResult(NamedTuple):
     grad_norm: float
 
 
-class _Module:
+class _Module(PendingGradient):
     """One target module: its slot, and the gradients that wait for apply_updates."""
 
     def __init__(self, name: str, pool: AdapterPool, slot: int) -> None:
-        self.storage = pool._storage
+        super().__init__(pool._storage, slot)
         self.adapt_slot = self.storage.adapt_slot
-        self.pool, self.slot = pool, slot
+        self.pool = pool
         self.out = pool.out_features
         self.dropout_key = zlib.crc32(name.encode())
         self.steps = 0  # adapts so far
-        self.gradient: np.ndarray | None = None
-        self.samples = 0
-        self.refused = 0  # gradients with NaN or Inf, which were not added
-        self.lock = threading.Lock()  # of gradient and samples
-
-    def accumulate(self, x: Any, grad: Any, h: Any = None) -> tuple[int, float, int]:
-        """Adds a gradient to what waits, and gives (outcome, norm of the sum, rows).
-
-        h: A x where it was kept. A gradient with NaN or Inf is not added.
-        """
-        with self.lock:
-            if self.gradient is None:
-                size = self.storage.gradient_size(self.slot)
-                self.gradient = np.zeros(size, np.float32)
-            outcome, norm = self.storage.gradient(x, grad, self.slot, h, self.gradient)
-            rows = x.shape[0] if x.ndim == 2 else 1
-            if outcome == ops.APPLIED:
-                self.samples += rows
-            self.refused += outcome == ops.NOT_FINITE
-        return outcome, norm, rows
-
-    def apply(self, step: Any) -> tuple[int, float]:
-        """A step with the mean of what waits, which is then dropped."""
-        with self.lock:
-            if not self.samples:
-                self.refused = 0
-                return ops.NO_ADAPTER, 0.0
-            result: tuple[int, float] = self.storage.apply(
-                self.gradient, self.slot, 1.0 / self.samples, step
-            )
-            self._drop()
-        return result
-
-    def clear(self) -> None:
-        with self.lock:
-            self._drop()
-
-    def _drop(self) -> None:
-        if self.gradient is not None:
-            self.gradient.fill(0.0)
-        self.samples = self.refused = 0
 
 
 class MicroLoRA:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_engine import ops
+from lora_engine.adapters.pending import PendingGradient
 from lora_engine.backends import chosen
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class AdapterPool:
             history,
             seed,
         )
+        self._pending: dict[int, PendingGradient] = {}
 
     def __len__(self) -> int:
         """Adapters in the pool."""
@@ -117,6 +119,7 @@ class AdapterPool:
         """Replaces a slot's adapter, of any rank, in one step for those who read it."""
         s = _number("set", scaling)
         self._storage.set(slot, self._slices_of(A), self._slices_of(B), s)
+        self._pending.pop(slot, None)
 
     def get(self, slot: int) -> tuple[Any, Any, float]:
         """Copies of (A, B, scaling), as NumPy float32; lists of A and B with several slices."""
@@ -126,6 +129,7 @@ class AdapterPool:
     def remove(self, slot: int) -> None:
         """Zeroes the slot's memory and frees it. Raises IndexError if it is not in use."""
         self._storage.remove(slot)
+        self._pending.pop(slot, None)
 
     def ranks(self, slot: int) -> tuple[int, ...]:
         """The rank of each slice, 0 for a missing one."""
@@ -165,3 +169,66 @@ class AdapterPool:
             weights=weights, max_norm=max_norm, lr_ratio=lr_ratio, train_A=train_A,
             weight_decay=weight_decay, ewc=ewc,
         )  # fmt: skip
+
+    # ---- gradients from a backward pass (nf4_linear on torch tensors) ----
+
+    def accumulate_gradient(self, slot: int, x: Any, grad: Any) -> None:
+        """Adds the gradient of one slot, summed over rows, to what ``apply_updates`` applies.
+
+        x [n, in], grad = dL/dy [n, out] of x's dtype. A gradient with NaN or Inf
+        is left out, and ``apply_updates`` says so.
+        """
+        waiting = self._pending.get(slot)
+        if waiting is None:
+            waiting = self._pending.setdefault(slot, PendingGradient(self._storage, slot))
+        waiting.accumulate(x, grad)
+
+    def gradient(self, slot: int) -> tuple[Any, Any] | None:
+        """Copies of (dL/dA, dL/dB) as accumulated so far, summed over rows; None if none was.
+
+        NumPy float32, shaped as ``get`` gives A and B.
+        """
+        ranks = self.ranks(slot)
+        waiting = self._pending.get(slot)
+        if waiting is None or waiting.gradient is None or not waiting.samples:
+            return None
+        flat, at = waiting.gradient.copy(), 0
+        gA: list[Any] = []
+        gB: list[Any] = []
+        for rank, out in zip(ranks, self.slices, strict=True):
+            middle, end = at + rank * self.in_features, at + rank * (self.in_features + out)
+            missing = self._sliced and not rank
+            gA.append(None if missing else flat[at:middle].reshape(rank, self.in_features))
+            gB.append(None if missing else flat[middle:end].reshape(rank, out).T)
+            at = end
+        return (gA, gB) if self._sliced else (gA[0], gB[0])
+
+    def apply_updates(
+        self,
+        lr: float,
+        *,
+        max_norm: float | None = None,
+        lr_ratio: float = 1.0,
+        train_A: bool = True,
+        weight_decay: float = 0.0,
+        ewc: EWC | None = None,
+    ) -> dict[int, str]:
+        """One step for each slot with the mean of its accumulated gradient, then cleared.
+
+        Returns, for each slot that had one, "" or why nothing was learned. The
+        options are those of ``batched_adapt``.
+        """
+        step = ops.make_step(lr, max_norm, lr_ratio, train_A, weight_decay, ewc)
+        notes = {}
+        for slot, waiting in sorted(self._pending.items()):
+            refused = waiting.refused
+            outcome, _ = waiting.apply(step)
+            if outcome != ops.NO_ADAPTER or refused:
+                left_out = f"{refused} gradients with NaN or Inf were left out" if refused else ""
+                notes[slot] = ops.NOTES[outcome] if outcome == ops.NOT_FINITE else left_out
+        return notes
+
+    def clear_updates(self) -> None:
+        """Drops the gradients that wait."""
+        for waiting in self._pending.values():
+            waiting.clear()

@@ -190,10 +190,16 @@ class Pool:
     def _adapters(self, ids: np.ndarray) -> dict[int, reference.Adapter]:
         return {int(s): self._get(int(s)).adapter for s in np.unique(ids) if s != -1}
 
-    def forward(self, x: Any, ids: Any, weights: Any, out: Any, accumulate: bool) -> Any:
+    def forward(
+        self, x: Any, ids: Any, weights: Any, out: Any, accumulate: bool, transposed: bool = False
+    ) -> Any:
         slots = np.asarray(ids)
         w = None if weights is None else np.asarray(weights)
-        delta = reference.batched_lora_delta(_rows(x), self._adapters(slots), self.outs, slots, w)
+        adapters, outs = self._adapters(slots), self.outs
+        if transposed:
+            adapters = {slot: reference.transposed(a) for slot, a in adapters.items()}
+            outs = [self.in_features]
+        delta = reference.batched_lora_delta(_rows(x), adapters, outs, slots, w)
         return _result(x, out, delta, accumulate)
 
     def forward_slot(

@@ -1,0 +1,59 @@
+"""Gradients that wait: summed over backward passes, applied as one step."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from lora_engine import ops
+
+
+class PendingGradient:
+    """The summed gradient of one slot. ``storage``: the pool's, of the backend."""
+
+    def __init__(self, storage: Any, slot: int) -> None:
+        self.storage, self.slot = storage, slot
+        self.gradient: np.ndarray | None = None
+        self.samples = 0
+        self.refused = 0  # gradients with NaN or Inf, which were not added
+        self._lock = threading.Lock()
+
+    def accumulate(self, x: Any, grad: Any, h: Any = None) -> tuple[int, float, int]:
+        """Adds a gradient to what waits, and gives (outcome, norm of the sum, rows).
+
+        h: A x where it was kept. A gradient with NaN or Inf is not added.
+        """
+        with self._lock:
+            if self.gradient is None:
+                size = self.storage.gradient_size(self.slot)
+                self.gradient = np.zeros(size, np.float32)
+            outcome, norm = self.storage.gradient(x, grad, self.slot, h, self.gradient)
+            rows = x.shape[0] if x.ndim == 2 else 1
+            if outcome == ops.APPLIED:
+                self.samples += rows
+            self.refused += outcome == ops.NOT_FINITE
+        return outcome, norm, rows
+
+    def apply(self, step: Any) -> tuple[int, float]:
+        """A step with the mean of what waits, which is then dropped."""
+        with self._lock:
+            if not self.samples:
+                self.refused = 0
+                return ops.NO_ADAPTER, 0.0
+            result: tuple[int, float] = self.storage.apply(
+                self.gradient, self.slot, 1.0 / self.samples, step
+            )
+            self._drop()
+        return result
+
+    def clear(self) -> None:
+        """Drops what waits."""
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self.gradient is not None:
+            self.gradient.fill(0.0)
+        self.samples = self.refused = 0
