@@ -197,7 +197,7 @@ class Pool:
         w = None if weights is None else np.asarray(weights)
         adapters, outs = self._adapters(slots), self.outs
         if transposed:
-            adapters = {slot: reference.transposed(a) for slot, a in adapters.items()}
+            adapters = {s: reference.transposed(a, outs) for s, a in adapters.items()}
             outs = [self.in_features]
         delta = reference.batched_lora_delta(_rows(x), adapters, outs, slots, w)
         return _result(x, out, delta, accumulate)
