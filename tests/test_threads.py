@@ -345,7 +345,9 @@ def test_adapt_never_teaches_the_next_owner_of_a_slot():
         pool, _ = fill_pool(rng, 512, (512,), [8] * 40)
         learner = threading.Thread(target=lambda pool=pool: pool.adapt(x, x, ids, 1e-3))
         learner.start()
-        time.sleep(turn % 30 * 2e-4)
+        while learner.is_alive() and pool.version(0) == 1:
+            time.sleep(1e-5)  # until the call is under way: slot 0 is taught first
+        time.sleep(turn % 10 * 1e-4)
         turn += 1
         alive = learner.is_alive()
         pool.remove(39)  # the last to be taught
