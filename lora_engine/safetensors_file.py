@@ -72,6 +72,53 @@ def short(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
+# ---- arrays -----------------------------------------------------------------
+
+_NAMES = {"uint8": "U8", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_OF_NAMES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+def is_torch(array: Any) -> bool:
+    return hasattr(array, "detach")
+
+
+def raw_of(array: Any, where: str) -> Raw:
+    """An array or CPU tensor of uint8 or a float to 32 bits, without a copy if it is contiguous.
+
+    Raises TypeError, ValueError (device), FormatError (dtype).
+    """
+    if not is_torch(array) and not isinstance(array, np.ndarray):
+        got = type(array).__name__
+        raise TypeError(f"{where}: expected a NumPy array or a torch tensor, got {got}")
+    dtype = _NAMES.get(str(array.dtype).removeprefix("torch."))
+    if dtype is None:
+        known = ", ".join(_NAMES)
+        raise FormatError(f"{where}: expected one of {known}, got {array.dtype}")
+    shape = tuple(array.shape)
+    if is_torch(array):
+        if array.device.type != "cpu" or array.is_sparse:
+            raise ValueError(f"{where}: expected a dense CPU tensor, got {array.device}")
+        import torch
+
+        array = array.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    data.flags.writeable = False  # of this view only
+    return Raw(dtype, shape, data)
+
+
+def to_numpy(raw: Raw) -> np.ndarray:
+    """A read-only view. Not for bfloat16, which NumPy lacks."""
+    return raw.data.view(_OF_NAMES[raw.dtype]).reshape(raw.shape)
+
+
+def to_torch(raw: Raw) -> Any:
+    """A copy, as tensors cannot be read-only."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _OF_NAMES[raw.dtype])
+    return torch.from_numpy(raw.data.copy()).view(dtype).reshape(raw.shape)
+
+
 # ---- reading ----------------------------------------------------------------
 
 
