@@ -25,6 +25,7 @@ PLAIN = (WEIGHT, ABSMAX, QUANT_MAP, STATE)
 NESTED = (WEIGHT, ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_MAP, STATE)
 ALL = (*NESTED, STATE_FP4)
 NESTED_BLOCK = reference.NF4_NESTED_BLOCK
+MAX_FLOAT = float(np.finfo(np.float32).max)
 
 MAX_STATE = 1 << 16  # bytes of JSON; bitsandbytes writes about 170
 _STORAGE = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}  # quant_storage: bytes of an element
@@ -110,7 +111,7 @@ def read_state(data: bytes, where: str) -> State:
         check("nested_blocksize", is_count(size) and size == block, str(block))
         check("nested_dtype", raw["nested_dtype"] == "float32", "float32")
         number = isinstance(offset, float) or is_count(offset)
-        finite = number and abs(offset) <= np.finfo(np.float32).max  # NaN is not
+        finite = number and abs(offset) <= MAX_FLOAT  # NaN is not
         check("nested_offset", finite, "a finite float32")
         offset = float(offset)
     return State(shape[0], shape[1], raw["blocksize"], raw["dtype"], offset)
