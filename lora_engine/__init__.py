@@ -19,8 +19,12 @@ from lora_engine.ops import (
     ewc_step,
     get_num_threads,
     lora_delta,
+    nf4_dequantize,
+    nf4_linear,
+    nf4_quantize,
     set_num_threads,
 )
+from lora_engine.quant.nf4 import NF4Tensor
 
 __version__ = "0.1.0"
 
@@ -33,11 +37,15 @@ __all__ = [
     "FormatError",
     "MicroLoRA",
     "MicroLoRAConfig",
+    "NF4Tensor",
     "backends",
     "batched_adapt",
     "batched_lora_delta",
     "ewc_step",
     "get_num_threads",
     "lora_delta",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_quantize",
     "set_num_threads",
 ]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lora_engine import _C
 from lora_engine.backends import chosen
+from lora_engine.quant.nf4 import NF4Tensor
 
 if TYPE_CHECKING:
     from lora_engine.adapters.pool import AdapterPool
@@ -130,6 +131,55 @@ def batched_adapt(
     counts = {what: int(np.count_nonzero(outcomes == what)) for what in (NO_ADAPTER, NOT_FINITE)}
     note = "; ".join(f"{n} rows: {NOTES[what]}" for what, n in counts.items() if n)
     return BatchedAdaptResult(applied, note)
+
+
+def nf4_quantize(W: Any, blocksize: int = 64, double_quant: bool = False) -> NF4Tensor:
+    """W [rows, cols], float32, bfloat16 or float16, in 4 bits a weight, as bitsandbytes has it.
+
+    Each weight over its block's largest magnitude becomes the nearest of 16 codes
+    (NF4: Dettmers et al. 2023, appendix E). blocksize: a power of two from 32 to
+    4096; double_quant: the magnitudes in 8 bits (section 3). Raises TypeError
+    (dtype), ValueError (shape, blocksize, NaN or Inf in W).
+    """
+    return NF4Tensor.from_float(W, blocksize, double_quant)
+
+
+def nf4_dequantize(w: NF4Tensor, out: Any = None) -> Any:
+    """code * absmax in float32, then one rounding to the dtype of ``out``.
+
+    Returns a new float32 array [rows, cols], or ``out``: float32, bfloat16 or float16.
+    """
+    return _packed("nf4_dequantize", w).to_float(out=out)
+
+
+def nf4_linear(
+    x: Any,
+    w: NF4Tensor,
+    bias: Any = None,
+    pool: AdapterPool | None = None,
+    ids: Any = None,
+    weights: Any = None,
+    out: Any = None,
+    compute: str | None = None,
+) -> Any:
+    """x dequant(W)ᵀ + bias, and with a pool each row's delta (``batched_lora_delta``).
+
+    x [n, in] float32, bfloat16 or float16; w [out, in], decoded on the way and never
+    whole (QLoRA: Dettmers et al. 2023, eq. 5); bias [out] of x's dtype; ids and
+    weights as in ``batched_lora_delta``, for a pool of w's sizes. compute: "float32" or
+    "bfloat16", what products are taken in; None: x's dtype. Returns [n, out] or ``out``.
+    """
+    _packed("nf4_linear", w)
+    if (pool is None) != (ids is None) or (ids is None and weights is not None):
+        raise ValueError("nf4_linear: pool, ids: expected both, or neither and no weights")
+    storage = None if pool is None else pool._storage
+    return chosen().nf4_linear(x, w._storage, bias, storage, ids, weights, out, compute)
+
+
+def _packed(op: str, w: Any) -> NF4Tensor:
+    if not isinstance(w, NF4Tensor):
+        raise TypeError(f"{op}: w: expected an NF4Tensor, got {type(w).__name__}")
+    return w
 
 
 def ewc_step(

@@ -265,3 +265,96 @@ def round_bfloat16_stochastic(
     finite = (bits & np.uint32(0x7F800000)) != np.uint32(0x7F800000)
     out: NDArray[np.uint32] = np.where(finite, bits + random, bits) & np.uint32(0xFFFF0000)
     return out.view(np.float32)
+
+
+# ---- NF4 (QLoRA: Dettmers et al. 2023), in the float32 that fixes the format's bits --------
+
+NF4_CODES = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)  # fmt: skip
+NF4_NESTED_BLOCK = 256
+
+
+def _scaled(values: ArrayLike, blocksize: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(values / absmax of their block, absmax [blocks]), flat; a block of zeros stays zeros."""
+    flat = np.asarray(values, dtype=np.float32).ravel()
+    padded = np.zeros((-(-flat.size // blocksize), blocksize), np.float32)
+    padded.ravel()[: flat.size] = flat
+    absmax = np.abs(padded).max(axis=1)
+    scaled = padded / np.where(absmax == 0, np.float32(1), absmax)[:, None]
+    return scaled.ravel()[: flat.size], absmax
+
+
+def _nearest(values: NDArray[np.float32], codes: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The index of the nearest code: the upper iff the value is greater than the midpoint."""
+    midpoints = (codes[:-1] + codes[1:]) / np.float32(2)
+    return np.searchsorted(midpoints, values, side="left").astype(np.uint8)
+
+
+def nf4_quantize(W: ArrayLike, blocksize: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """(packed, absmax) of W, flat and row by row; blocks cross rows.
+
+    packed: the even element in the high nibble; the nibble past an odd end holds
+    the code of zero, and so does every nibble of a block of zeros.
+    """
+    scaled, absmax = _scaled(W, blocksize)
+    codes = _nearest(np.append(scaled, np.zeros(scaled.size % 2, np.float32)), NF4_CODES)
+    return codes[::2] << np.uint8(4) | codes[1::2], absmax
+
+
+def nf4_dequantize(
+    packed: ArrayLike, rows: int, cols: int, blocksize: int, absmax: ArrayLike
+) -> NDArray[np.float32]:
+    """code * absmax of its block in float32, [rows, cols]."""
+    pairs = np.asarray(packed, dtype=np.uint8).ravel()
+    codes = np.stack([pairs >> np.uint8(4), pairs & np.uint8(15)], axis=1).ravel()[: rows * cols]
+    scale = np.repeat(np.asarray(absmax, dtype=np.float32), blocksize)[: rows * cols]
+    out: NDArray[np.float32] = (NF4_CODES[codes] * scale).reshape(rows, cols)
+    return out
+
+
+def dynamic_map() -> NDArray[np.float32]:
+    """bitsandbytes' signed dynamic 8-bit map, ascending (Dettmers 2016, arXiv:1511.04561):
+    0, 1 and seven decades of 1 to 64 steps each way. Each bound is rounded once, as torch's
+    fused ``linspace`` does, from the nearer end."""
+    values = [0.0, 1.0]
+    first, last = np.float32(0.1), np.float32(1.0)
+    for i in range(7):
+        step, at = float((last - first) / np.float32(2**i)), np.arange(2**i + 1)
+        up, down = float(first) + step * at, 1.0 - step * (2**i - at)
+        bounds = np.where(at < (2**i + 1) // 2, up, down).astype(np.float32)
+        means = (bounds[:-1] + bounds[1:]) / np.float32(2) * np.float32(10.0 ** (i - 6))
+        values += [*means.tolist(), *(-means).tolist()]
+    return np.array(sorted(values), np.float32)
+
+
+def double_quantize(
+    absmax: ArrayLike,
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], float]:
+    """(codes [blocks], nested_absmax, offset) of absmax: 8 bits of the dynamic map for
+    absmax - offset, in blocks of 256; offset = mean(absmax). Where all are equal: code 0."""
+    values = np.asarray(absmax, dtype=np.float32)
+    offset = np.float32(values.mean(dtype=np.float64))
+    scaled, nested = _scaled(values - offset, NF4_NESTED_BLOCK)
+    codes = _nearest(scaled, dynamic_map())
+    codes[np.repeat(nested == 0, NF4_NESTED_BLOCK)[: codes.size]] = 0
+    return codes, nested, float(offset)
+
+
+def double_dequantize(
+    codes: ArrayLike, nested_absmax: ArrayLike, nested_map: ArrayLike, blocksize: int, offset: float
+) -> NDArray[np.float32]:
+    """map[code] * nested_absmax + offset, each rounded to float32: absmax [blocks]."""
+    index = np.asarray(codes, dtype=np.uint8)
+    nested = np.repeat(np.asarray(nested_absmax, dtype=np.float32), blocksize)[: index.size]
+    product = np.asarray(nested_map, dtype=np.float32)[index] * nested
+    absmax: NDArray[np.float32] = product + np.float32(offset)
+    return absmax
+
+
+def nf4_linear(x: ArrayLike, W: ArrayLike, bias: ArrayLike | None = None) -> F64:
+    """x Wᵀ + bias, W [out, in] as ``nf4_dequantize`` gives it; the deltas are added to it."""
+    y = _f64(x) @ _f64(W).T
+    return y if bias is None else y + _f64(bias)

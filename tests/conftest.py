@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 
 import lora_engine as le
+from lora_engine.backends import chosen
 
 hypothesis.settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("full", max_examples=1500, deadline=None)
@@ -24,3 +25,15 @@ def threads():
     before = le.get_num_threads()
     yield le.set_num_threads
     le.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["cpu", "reference"])
+def backend(request):
+    """Runs a module's tests on both backends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_ENGINE_BACKEND", request.param)
+        chosen.cache_clear()
+        if not hasattr(chosen(), "Nf4"):
+            pytest.skip("this build of the C++ core has no NF4")
+        yield request.param
+    chosen.cache_clear()

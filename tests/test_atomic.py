@@ -27,8 +27,7 @@ from helpers_files import (
 )
 
 import lora_engine as le
-from lora_engine import reference
-from lora_engine.adapters import atomic
+from lora_engine import atomic, reference
 
 # ---- saves that are cut short -----------------------------------------------
 
@@ -47,7 +46,7 @@ KILL = """
 import os, random, signal, sys, time, warnings
 import lora_engine as le
 from helpers_files import trained, weight_bits
-from lora_engine.adapters import atomic
+from lora_engine import atomic
 
 warnings.simplefilter("error", UserWarning)
 folder, rounds = sys.argv[1], int(sys.argv[2])

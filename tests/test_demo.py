@@ -164,7 +164,7 @@ def test_gradient_is_that_of_the_loss():
 
 
 def test_ctrl_c_while_saving_leaves_whole_folders(tmp_path, monkeypatch):
-    from lora_engine.adapters import atomic
+    from lora_engine import atomic
 
     written = itertools.count()
     write = atomic.write_file

@@ -28,7 +28,7 @@ from helpers_files import (
 )
 
 import lora_engine as le
-from lora_engine.adapters import atomic
+from lora_engine import atomic
 
 # ---- round trips ------------------------------------------------------------
 

@@ -242,7 +242,7 @@ class MicroLoRA:
         Raises FormatError, changing nothing, where the bytes are damaged or hold
         other modules or shapes than the config.
         """
-        self._set_tensors(_files().from_bytes(data, "import_weights"), "import_weights")
+        self._set_tensors(_files().from_bytes(data, "import_weights")[0], "import_weights")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """A PEFT adapter folder, and beside it the engine's own state (step counts).

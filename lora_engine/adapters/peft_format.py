@@ -2,15 +2,15 @@
 
 What the engine knows beyond PEFT lies beside them in a state file that carries
 the weights' digest. Files are read as hostile: sizes are checked before
-anything is allocated, and safetensors' own parser checks the rest.
+anything is allocated.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-import struct
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_engine.adapters import atomic
+from lora_engine import atomic
 from lora_engine.adapters.config import MAX_FLOAT, MicroLoRAConfig
 from lora_engine.errors import FormatError
+from lora_engine.safetensors_file import read_header, read_json, read_tensor, short
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -29,7 +30,6 @@ STATE_KEY = "lora_engine"  # of the state file's metadata
 FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, STATE_FILE})
 
 MAX_JSON = 1 << 20
-MAX_HEADER = 16 << 20
 MAX_RANK = 65536
 
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -52,61 +52,30 @@ def to_bytes(tensors: Tensors, key: str = "format", value: str = "pt") -> bytes:
     return save(contiguous, metadata={key: value})
 
 
-def _check_header(data: bytes, source: str) -> int:
-    """Length of the JSON header, checked against the cap and the data."""
-    if len(data) < 8:
-        raise FormatError(f"{source}: expected safetensors, got {len(data)} bytes")
-    (length,) = struct.unpack("<Q", data[:8])
-    most = min(MAX_HEADER, len(data) - 8)
-    if length > most:
-        raise FormatError(f"{source}: header: expected at most {most} bytes, got {length}")
-    return int(length)
-
-
-def from_bytes(data: bytes, source: str) -> Tensors:
-    """The tensors of safetensors bytes; bfloat16 is widened to float32.
+def from_bytes(data: bytes, source: str) -> tuple[Tensors, dict[str, str]]:
+    """The tensors and the metadata of safetensors bytes; bfloat16 is widened to float32.
 
     Raises FormatError naming the source and the key.
     """
-    import safetensors
-
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"{source}: data: expected bytes, got {type(data).__name__}")
-    data = bytes(data)
-    _check_header(data, source)
-    try:
-        entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError as error:
-        raise FormatError(f"{source}: expected safetensors: {error}") from None
+    file = io.BytesIO(data)
+    metadata, entries = read_header(file, source)
     tensors = {}
-    for name, entry in entries:
-        shape, raw = entry["shape"], entry["data"]
-        if entry["dtype"] == "BF16":
-            wide = np.frombuffer(raw, np.uint16).astype(np.uint32) << np.uint32(16)
+    for name, entry in entries.items():
+        raw = read_tensor(file, entry, source)
+        if raw.dtype == "BF16":
+            wide = raw.data.view(np.uint16).astype(np.uint32) << np.uint32(16)
             values = wide.view(np.float32)
-        elif entry["dtype"] in _DTYPES:
-            values = np.frombuffer(raw, _DTYPES[entry["dtype"]])
+        elif raw.dtype in _DTYPES:
+            values = raw.data.view(_DTYPES[raw.dtype])
         else:
-            raise FormatError(f"{source}: {_short(name)}: dtype {entry['dtype']} is not supported")
+            raise FormatError(f"{source}: {short(name)}: dtype {raw.dtype} is not supported")
         try:
-            tensors[name] = values.reshape(shape)
+            tensors[name] = values.reshape(raw.shape)
         except ValueError as error:
-            raise FormatError(f"{source}: {_short(name)}: {_short(str(error))}") from None
-    return tensors
-
-
-def _short(text: str) -> str:
-    """Text from a file as a message holds it."""
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _metadata(data: bytes, source: str, key: str) -> dict[str, Any]:
-    """The JSON object that the metadata holds under a key. Raises ValueError, RecursionError."""
-    header = json.loads(data[8 : 8 + _check_header(data, source)])
-    value = json.loads((header.get("__metadata__") or {}).get(key, "null"))
-    if not isinstance(value, dict):
-        raise FormatError(f"{source}: {key}: expected a JSON object")
-    return value
+            raise FormatError(f"{source}: {short(name)}: {short(str(error))}") from None
+    return tensors, metadata
 
 
 # ---- factors by PEFT's key names --------------------------------------------
@@ -128,17 +97,17 @@ def from_tensors(tensors: Tensors, source: str) -> dict[str, tuple[np.ndarray, n
         suffix = next((s for s in (_A, _B) if key.endswith(s)), None)
         if suffix is None or not key.startswith(_PREFIX):
             raise FormatError(
-                f"{source}: {_short(key)}: expected a key like {_PREFIX}<module>{_A} or ...{_B}"
+                f"{source}: {short(key)}: expected a key like {_PREFIX}<module>{_A} or ...{_B}"
             )
         if tensor.ndim != 2 or tensor.dtype.kind != "f" or 0 in tensor.shape:
             raise FormatError(
-                f"{source}: {_short(key)}: expected a float matrix,"
+                f"{source}: {short(key)}: expected a float matrix,"
                 f" got {tensor.dtype} {list(tensor.shape)}"
             )
         with np.errstate(over="ignore"):
             values = tensor.astype(np.float32)
         if not np.isfinite(values).all():
-            raise FormatError(f"{source}: {_short(key)}: expected finite numbers, got NaN or Inf")
+            raise FormatError(f"{source}: {short(key)}: expected finite numbers, got NaN or Inf")
         found.setdefault(key[len(_PREFIX) : -len(suffix)], {})[suffix] = values
     if not found:
         raise FormatError(f"{source}: expected at least one adapted module, got none")
@@ -146,11 +115,11 @@ def from_tensors(tensors: Tensors, source: str) -> dict[str, tuple[np.ndarray, n
     for name, pair in found.items():
         for suffix in (_A, _B):
             if suffix not in pair:
-                raise FormatError(f"{source}: {_PREFIX}{_short(name)}{suffix}: missing")
+                raise FormatError(f"{source}: {_PREFIX}{short(name)}{suffix}: missing")
         A, B = pair[_A], pair[_B]
         if A.shape[0] != B.shape[1] or A.shape[0] > MAX_RANK:
             raise FormatError(
-                f"{source}: {_PREFIX}{_short(name)}{_B}: expected shape [out, {A.shape[0]}] of a"
+                f"{source}: {_PREFIX}{short(name)}{_B}: expected shape [out, {A.shape[0]}] of a"
                 f" rank of at most {MAX_RANK}, got {list(B.shape)}"
             )
         factors[name] = (A, B)
@@ -166,7 +135,7 @@ def check_modules(
             raise FormatError(f"{source}: {_PREFIX}{name}{_A}: missing")
     for name in factors:
         if name not in config.target_modules:
-            raise FormatError(f"{source}: {_short(name)}: expected modules of the config only")
+            raise FormatError(f"{source}: {short(name)}: expected modules of the config only")
     for name, (A, B) in factors.items():
         d_in, d_out = config.shape(name)
         want = ((config.rank, d_in), (d_out, config.rank))
@@ -234,13 +203,7 @@ def save(folder: str | os.PathLike[str], content: Folder) -> None:
 def _read_config(source: str, data: bytes) -> dict[str, Any]:
     if len(data) > MAX_JSON:
         raise FormatError(f"{source}: expected at most {MAX_JSON} bytes, got more")
-    try:
-        config = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{source}: expected JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise FormatError(f"{source}: expected a JSON object, got {type(config).__name__}")
-    return config
+    return read_json(data, source)
 
 
 # Each makes of the same A and B another delta.
@@ -254,7 +217,7 @@ def _to_config(
     source: str, raw: dict[str, Any], factors: dict[str, tuple[np.ndarray, np.ndarray]]
 ) -> MicroLoRAConfig:
     def bad(key: str, expected: str) -> FormatError:
-        got = _short(repr(raw.get(key)))
+        got = short(repr(raw.get(key)))
         return FormatError(f"{source}: {key}: expected {expected}, got {got}")
 
     def number(key: str, default: Any) -> float:
@@ -298,7 +261,7 @@ def _to_config(
             use_rslora=use_rslora,
         )
     except ValueError as error:
-        raise FormatError(f"{source}: {_short(str(error))}") from None
+        raise FormatError(f"{source}: {short(str(error))}") from None
 
 
 def _read_state(
@@ -306,17 +269,17 @@ def _read_state(
 ) -> tuple[MicroLoRAConfig, dict[str, int]]:
     """The config with the engine's own values and the step counts, if of these weights."""
     try:
-        state = from_bytes(data, source)
-        own = _metadata(data, source, STATE_KEY)
+        state, metadata = from_bytes(data, source)
+        own = read_json(metadata.get(STATE_KEY, "").encode(), f"{source}: {STATE_KEY}")
         if own.get("weights_sha256") != hashlib.sha256(weights).hexdigest():
             raise FormatError(f"{source}: it belongs to other weights")
         names = ("seed", "gradient_checkpointing")
         config = replace(config, **{name: own[name] for name in names if name in own})
         for name, count in state.items():
             if count.shape != (1,) or count.dtype != np.int64 or count[0] < 0:
-                raise FormatError(f"{source}: {_short(name)}: expected a step count")
+                raise FormatError(f"{source}: {short(name)}: expected a step count")
         return config, {name: int(count[0]) for name, count in state.items()}
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         why = error if isinstance(error, FormatError) else f"{source}: {error}"
         warnings.warn(f"engine state dropped: {why}", stacklevel=4)
         return config, {}
@@ -334,7 +297,7 @@ def load(folder: str | os.PathLike[str]) -> Folder:
             raise FileNotFoundError(f"{path / name}: expected an adapter folder's file, got none")
     raw = _read_config(str(path / CONFIG_FILE), files[CONFIG_FILE])
     source = str(path / WEIGHTS_FILE)
-    tensors = from_bytes(files[WEIGHTS_FILE], source)
+    tensors, _ = from_bytes(files[WEIGHTS_FILE], source)
     factors = from_tensors(tensors, source)
     config = _to_config(str(path / CONFIG_FILE), raw, factors)
     check_modules(factors, config, source)

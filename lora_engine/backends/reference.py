@@ -7,6 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_engine import reference
+from lora_engine.backends.reference_arrays import _read, _result, _rows, _write
+from lora_engine.backends.reference_nf4 import (  # noqa: F401  the registry looks here for them
+    Nf4,
+    nf4_decode,
+    nf4_encode,
+    nf4_linear,
+    nf4_linear_backward,
+)
 
 
 class Step(NamedTuple):
@@ -18,38 +26,6 @@ class Step(NamedTuple):
     train_A: bool = True
     weight_decay: float = 0.0
     ewc: Ewc | None = None
-
-
-def _read(array: Any) -> np.ndarray:
-    """float64 of a NumPy array or torch tensor (bfloat16 included)."""
-    if hasattr(array, "detach"):
-        array = array.detach().double().numpy()
-    return np.asarray(array, dtype=np.float64)
-
-
-def _rows(array: Any) -> np.ndarray:
-    values = _read(array)
-    return values[None] if values.ndim == 1 else values
-
-
-def _write(out: Any, values: np.ndarray) -> None:
-    if hasattr(out, "detach"):
-        import torch
-
-        out.copy_(torch.from_numpy(np.ascontiguousarray(values)).reshape(out.shape))
-    else:
-        out[...] = values.reshape(out.shape)
-
-
-def _result(x: Any, out: Any, delta: np.ndarray, accumulate: bool) -> Any:
-    if out is None:
-        shape = (delta.shape[1],) if x.ndim == 1 else delta.shape
-        out = x.new_empty(shape) if hasattr(x, "detach") else np.empty(shape, dtype=x.dtype)
-        accumulate = False
-    if accumulate:
-        delta = delta + _rows(out)
-    _write(out, delta)
-    return out
 
 
 def lora_delta(x: Any, A: Any, B: Any, scaling: float, out: Any, accumulate: bool) -> Any:

@@ -1,7 +1,8 @@
-"""Folders that are replaced whole: a kill at any moment leaves the old one or the new."""
+"""Files and folders that are replaced whole: a kill at any moment leaves the old one or the new."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import glob
@@ -11,6 +12,7 @@ import stat
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -60,11 +62,19 @@ def _alive(pid: str) -> bool:
     return pid.isdigit() and Path(f"/proc/{pid}").exists()
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex}")
+
+
+def _abandoned(path: Path) -> list[Path]:
+    """What killed savers of this file or folder left beside it."""
+    found = path.parent.glob(f".{glob.escape(path.name)}.tmp-*")
+    return [p for p in found if not _alive(p.name.rsplit(".tmp-", 1)[1].split("-")[0])]
+
+
 def _sweep(folder: Path) -> None:
-    """Removes what killed savers of this folder left beside it."""
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.tmp-*"):
-        if not _alive(left.name.rsplit(".tmp-", 1)[1].split("-")[0]):
-            shutil.rmtree(left, ignore_errors=True)
+    for left in _abandoned(folder):
+        shutil.rmtree(left, ignore_errors=True)
     if folder.exists():
         shutil.rmtree(_set_aside(folder), ignore_errors=True)
 
@@ -126,7 +136,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None], ours: frozenset[
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover(folder)
     _sweep(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-{uuid.uuid4().hex}")
+    temporary = _temporary(folder)
     try:
         os.mkdir(temporary)
         replaces = folder.exists()
@@ -147,6 +157,29 @@ def replace_folder(folder: Path, write: Callable[[Path], None], ours: frozenset[
     finally:
         recover(folder)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Calls ``write`` on a temporary sibling, then puts that in the file's place.
+
+    The old file's permissions are kept; if anything raises, the file is as it
+    was. Raises OSError.
+    """
+    for left in _abandoned(path):
+        with contextlib.suppress(OSError):
+            left.unlink()
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---- reading ----------------------------------------------------------------
