@@ -24,15 +24,16 @@ class Expected(NamedTuple):
 
     values: F64
     magnitude: F64
+    tolerance: float = TOLERANCE
 
 
 def require(what: str, got: Any, expected: Expected) -> None:
     """Raises AssertionError where ``got`` (array or tensor) is not as expected."""
     values = np.asarray(got, dtype=np.float64).reshape(expected.values.shape)
     error = np.linalg.norm(values - expected.values) / np.linalg.norm(expected.magnitude)
-    if not error <= TOLERANCE:
+    if not error <= expected.tolerance:
         raise AssertionError(
-            f"{what}: wrong, so not timed: error {error:.2g}, allowed {TOLERANCE:g}"
+            f"{what}: wrong, so not timed: error {error:.2g}, allowed {expected.tolerance:g}"
         )
 
 

@@ -125,7 +125,7 @@ void nf4_encode(Context &context, const le_array *W, int32_t blocksize, uint8_t 
     if (!(largest >= 0)) bad.store(first, std::memory_order_relaxed);
   });
   if (bad >= 0)
-    fail(LE_ERROR_VALUE, "%s: W: expected finite values, got NaN or Inf in row %lld or after", op,
+    fail(LE_ERROR_VALUE, "%s: W: expected finite numbers, got NaN or Inf from row %lld on", op,
          static_cast<long long>(bad / from.width));
   each_block([&](int64_t first, int64_t count, const float *x, float largest) {
     uint8_t codes[4096 + 1];
@@ -134,7 +134,7 @@ void nf4_encode(Context &context, const le_array *W, int32_t blocksize, uint8_t 
       k.nf4.encode(x, count, largest, codes);
     else
       std::memset(codes, 7, static_cast<size_t>(count));
-    codes[count] = 0;  // beyond an odd end
+    codes[count] = 7;  // of zero: beyond an odd end
     for (int64_t i = 0; i < count; i += 2)
       packed[(first + i) / 2] = static_cast<uint8_t>(codes[i] << 4 | codes[i + 1]);
   });

@@ -164,16 +164,50 @@ def nf4_linear(
 ) -> Any:
     """x dequant(W)ᵀ + bias, and with a pool each row's delta (``batched_lora_delta``).
 
-    x [n, in] float32, bfloat16 or float16; w [out, in], decoded on the way and never
-    whole (QLoRA: Dettmers et al. 2023, eq. 5); bias [out] of x's dtype; ids and
-    weights as in ``batched_lora_delta``, for a pool of w's sizes. compute: "float32" or
-    "bfloat16", what products are taken in; None: x's dtype. Returns [n, out] or ``out``.
+    x [..., in] float32, bfloat16 or float16: its n rows are those of all leading
+    dimensions; w [out, in], decoded on the way and never whole (QLoRA: Dettmers et
+    al. 2023, eq. 5); bias [out] of x's dtype; ids [n] or [n, k] and weights as in
+    ``batched_lora_delta``, for a pool of w's sizes. compute: "float32" or "bfloat16",
+    what x and the codes are rounded to before they are multiplied (sums are float32);
+    None: x's dtype, float32 for float16. Returns [..., out], or ``out``. A row of -1
+    has the bits it has without a pool.
+
+    A torch x or bias that requires grad is differentiated through (``out`` is then not
+    taken), from the packed weights; the backward pass adds the adapters' gradients to
+    what ``pool.gradient`` gives and ``pool.apply_updates`` applies.
     """
     _packed("nf4_linear", w)
     if (pool is None) != (ids is None) or (ids is None and weights is not None):
         raise ValueError("nf4_linear: pool, ids: expected both, or neither and no weights")
+    if getattr(x, "ndim", 0) > 2:
+        rows = x.reshape(-1, x.shape[-1])
+        y = nf4_linear(rows, w, bias, pool, ids, weights, _rows_of(out, w.shape[0]), compute)
+        return y.reshape(*x.shape[:-1], w.shape[0]) if out is None else out
+    if getattr(x, "requires_grad", False) or getattr(bias, "requires_grad", False):
+        from lora_engine import torch_ops
+
+        if torch_ops.recording():
+            return torch_ops.nf4_linear(x, bias, w, pool, ids, weights, out, compute)
+        x, bias = torch_ops.detached(x), torch_ops.detached(bias)
     storage = None if pool is None else pool._storage
     return chosen().nf4_linear(x, w._storage, bias, storage, ids, weights, out, compute)
+
+
+def _rows_of(out: Any, width: int) -> Any:
+    """An output [..., width] as the rows of its leading dimensions, in the same memory."""
+    if out is None:
+        return None
+    try:
+        if hasattr(out, "detach"):
+            return out.view(-1, width)
+        rows = out.view()
+        rows.shape = (-1, width)
+        return rows
+    except (AttributeError, RuntimeError, ValueError):
+        raise ValueError(
+            f"nf4_linear: out: expected shape [..., {width}] whose leading dimensions are one"
+            f" in memory, got {tuple(np.shape(out))}"
+        ) from None
 
 
 def _packed(op: str, w: Any) -> NF4Tensor:

@@ -69,13 +69,14 @@ class _Nf4Linear(torch.autograd.Function):
         compute: str | None,
     ) -> torch.Tensor:
         x = x.detach()
-        ctx.w, ctx.pool, ctx.ids, ctx.weights = w, pool, ids, weights
+        ctx.w, ctx.pool = w, pool
+        ctx.ids, ctx.weights = (None if a is None else np.array(a) for a in (ids, weights))
         ctx.save_for_backward(x)
         storage = None if pool is None else pool._storage
-        ctx.versions = {s: pool.version(s) for s in _slots(ids)} if pool is not None else {}
+        ctx.versions = {} if pool is None else _versions(pool, ctx.ids)
         bias = None if bias is None else bias.detach()
         result: torch.Tensor = chosen().nf4_linear(
-            x, w._handle, bias, storage, ids, weights, None, compute
+            x, w._storage, bias, storage, ids, weights, None, compute
         )
         return result
 
@@ -92,7 +93,7 @@ class _Nf4Linear(torch.autograd.Function):
                 )
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = chosen().nf4_linear_backward(grad, ctx.w._handle, None)
+            dx = chosen().nf4_linear_backward(grad, ctx.w._storage, None)
             if pool is not None:
                 pool._storage.forward(grad, ctx.ids, ctx.weights, dx, True, True)
         if ctx.needs_input_grad[1]:
@@ -104,21 +105,34 @@ class _Nf4Linear(torch.autograd.Function):
         return dx, dbias, None, None, None, None, None
 
 
-def _slots(ids: Any) -> list[int]:
-    """The slots that ids name, ascending."""
-    return sorted({int(s) for s in np.unique(np.asarray(ids)) if s != -1})
+def _versions(pool: Any, ids: Any) -> dict[int, int]:
+    """Of the slots that ids name, ascending."""
+    try:
+        return {int(s): pool.version(int(s)) for s in np.unique(ids) if s != -1}
+    except (IndexError, TypeError):
+        return {}  # ids that are none: the op says so
 
 
 def _rows_of(slot: int, ids: Any, weights: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The rows that name a slot, and the weight each gives it (None: one)."""
-    named = np.asarray(ids) == slot
+    named = ids == slot
     by_row = named if named.ndim == 1 else named.any(axis=1)
     rows = torch.from_numpy(np.flatnonzero(by_row))
     if weights is None and (named.ndim == 1 or int(named.sum()) == len(rows)):
         return rows, None
-    w = named.astype(np.float32) if weights is None else np.where(named, np.asarray(weights), 0)
+    w = named.astype(np.float32) if weights is None else np.where(named, weights, 0)
     total = w if w.ndim == 1 else w.sum(axis=1)
     return rows, torch.from_numpy(total.astype(np.float32))[rows]
+
+
+def recording() -> bool:
+    """Whether autograd records."""
+    return torch.is_grad_enabled()
+
+
+def detached(value: Any) -> Any:
+    """A tensor outside autograd; whatever else as it is."""
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def nf4_linear(
@@ -128,13 +142,17 @@ def nf4_linear(
     pool: Any,
     ids: Any,
     weights: Any,
+    out: Any,
     compute: str | None,
 ) -> torch.Tensor:
-    """``ops.nf4_linear`` of x [n, in], recorded by autograd."""
+    """``ops.nf4_linear`` of x [in] or [n, in], recorded by autograd."""
+    if out is not None:
+        raise ValueError("nf4_linear: out: expected None where x or bias requires grad")
     if getattr(weights, "requires_grad", False):
         raise ValueError(
-            "nf4_linear: weights: expected a tensor outside autograd, got one that"
-            " requires grad: it is differentiable in x, bias and the adapters"
+            "nf4_linear: weights: expected a tensor outside autograd, got one that requires"
+            " grad: gradients are those of x, bias and the adapters"
         )
-    result: torch.Tensor = _Nf4Linear.apply(x, bias, w, pool, ids, weights, compute)  # type: ignore[no-untyped-call]
-    return result
+    rows = x.unsqueeze(0) if x.ndim == 1 else x
+    y: torch.Tensor = _Nf4Linear.apply(rows, bias, w, pool, ids, weights, compute)  # type: ignore[no-untyped-call]
+    return y.squeeze(0) if x.ndim == 1 else y
