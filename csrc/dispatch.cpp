@@ -24,11 +24,13 @@ bool has_avx2() {
 }
 #ifdef LE_AVX512_ON_AVX2
 bool has_avx512() { return has_avx2(); }
+bool has_avx512_bf16() { return has_avx2(); }
 #else
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 #endif
 
@@ -59,6 +61,7 @@ const IsaEntry isa_table[] = {
 #if defined(__x86_64__)
     {&kernels_avx2, has_avx2},
     {&kernels_avx512, has_avx512},
+    {&kernels_avx512_bf16, has_avx512_bf16},
 #endif
     {nullptr, nullptr},
 };

@@ -45,6 +45,8 @@ def test_the_best_this_cpu_has_is_chosen():
         best = "avx2"
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
         best = "avx512"
+        if "avx512_bf16" in flags:
+            best = "avx512_bf16"
     assert _C.isa() == best
     assert BUILT["generic"]
 

@@ -1,7 +1,7 @@
 // A vector of W floats as a GCC/Clang vector type, for one instruction set.
 // The including file defines LE_W (lanes) and LE_FMA(a, b, c), and where the
-// instruction set has them the conversions LE_WIDEN_FLOAT16(H) -> F and
-// LE_ROUND_FLOAT16(F) -> H. Everything here
+// instruction set has them the conversions LE_WIDEN_FLOAT16(H) -> F,
+// LE_ROUND_FLOAT16(F) -> H and LE_ROUND_BFLOAT16(F) -> H. Everything here
 // is in an unnamed namespace: the same function compiled for two instruction
 // sets must never be merged by the linker.
 #pragma once
@@ -48,12 +48,17 @@ LE_INLINE void store_bits(Bf16 *p, U v) {
   *reinterpret_cast<HMem *>(p) = __builtin_convertvector(v >> 16, H);
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// Round to nearest, ties to even; NaN stays NaN. LE_ROUND_BFLOAT16 may flush what
+// would be subnormal to zero, as the processors' own conversion does.
 LE_INLINE void store(Bf16 *p, F v) {
+#ifdef LE_ROUND_BFLOAT16
+  *reinterpret_cast<HMem *>(p) = LE_ROUND_BFLOAT16(v);
+#else
   U bits = reinterpret_cast<U>(v);
   U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   U is_nan = reinterpret_cast<U>((bits & 0x7fffffffu) > 0x7f800000u);
   store_bits(p, (is_nan & (bits | 0x400000u)) | (~is_nan & rounded));
+#endif
 }
 
 // ---- float16: NaN comes out quiet, its sign and payload kept ----------------
