@@ -42,8 +42,10 @@ lanes: $(VENV)/.test
 	echo '$(SITE)' > $(LANES)/lib/$(notdir $(abspath $(SITE)/..))/site-packages/of_test.pth
 	$(LANES)/bin/python -m pip install --quiet --no-deps . \
 		-C cmake.define.LORA_ENGINE_AVX512_ON_AVX2=ON -C build-dir=build/lanes/build
-	cd tests && LORA_ENGINE_ISA=avx512 $(LANES)/bin/python -m pytest -q \
-		test_lora_delta.py test_batched_lora_delta.py test_batched_adapt.py test_ewc.py
+	cd tests && for isa in avx512 avx512_bf16; do \
+		LORA_ENGINE_ISA=$$isa $(LANES)/bin/python -m pytest -q test_lora_delta.py \
+			test_batched_lora_delta.py test_batched_adapt.py test_ewc.py test_float16.py || exit; \
+	done
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -16,7 +16,8 @@ GradientBuffers &buffers() {
   return b;
 }
 
-constexpr double kLargestStep = 1e38;  // what a float32 weight can take and stay finite
+// What a weight can take and stay within its dtype's range.
+double largest_step(int32_t dtype) { return dtype == LE_FLOAT16 ? 3e4 : 1e38; }
 
 struct Outcome {
   le_outcome what = LE_NO_ADAPTER;
@@ -86,7 +87,7 @@ Outcome step_slot(const Kernels &k, AdapterPool &pool, int32_t id, Slot &slot,
   result.grad_norm = gradient_norm(pool, *slot.current, rows, step.train_A != 0);
   double norm = result.grad_norm, lr = std::max(1.0, double(step.lr_ratio)) * step.lr;
   if (step.max_norm > 0) norm = std::min(norm, double(step.max_norm));
-  bool fits = std::isfinite(result.grad_norm) && lr * norm < kLargestStep;
+  bool fits = std::isfinite(result.grad_norm) && lr * norm < largest_step(pool.dtype());
   result.what = fits ? LE_APPLIED : LE_NOT_FINITE;
   if (result.what == LE_APPLIED)
     update_weights(k, pool, id, slot, rows, step, ewc, result.grad_norm);

@@ -36,8 +36,8 @@ AdapterPool::AdapterPool(Context &context, const le_pool_options &o)
   if (in_ < 1 || in_ > INT32_MAX)
     fail(LE_ERROR_VALUE, "AdapterPool: in_features: expected 1 to 2^31 - 1, got %lld",
          static_cast<long long>(in_));
-  if (dtype_ != LE_FLOAT32 && dtype_ != LE_BFLOAT16)
-    fail(LE_ERROR_TYPE, "AdapterPool: dtype: expected float32 or bfloat16, got %s",
+  if (!is_float(dtype_))
+    fail(LE_ERROR_TYPE, "AdapterPool: dtype: expected float32, bfloat16 or float16, got %s",
          dtype_name(dtype_));
   if (o.capacity < 0 || o.max_rank < 0 || o.max_rank > LE_MAX_RANK)
     fail(LE_ERROR_VALUE,

@@ -7,6 +7,8 @@
 namespace le {
 namespace {
 
+constexpr int64_t kPart = 256;  // elements converted at a time
+
 std::string shape_text(const le_array *a) {
   std::string text = "[";
   for (int i = 0; i < a->ndim; ++i) text += (i ? ", " : "") + std::to_string(a->shape[i]);
@@ -81,8 +83,8 @@ Rows matrix(const char *op, const char *arg, const le_array *a, int64_t rows, in
 Rows float_matrix(const char *op, const char *arg, const le_array *a, int64_t rows, int64_t width,
                   const char *symbols) {
   Rows r = matrix(op, arg, a, rows, width, symbols);
-  if (r.dtype != LE_FLOAT32 && r.dtype != LE_BFLOAT16)
-    fail(LE_ERROR_TYPE, "%s: %s: expected float32 or bfloat16, got %s", op, arg,
+  if (!is_float(r.dtype))
+    fail(LE_ERROR_TYPE, "%s: %s: expected float32, bfloat16 or float16, got %s", op, arg,
          dtype_name(r.dtype));
   return r;
 }
@@ -125,20 +127,19 @@ void check_finite(const char *op, const char *arg, double value) {
 void load_row(const Kernels &k, const Rows &rows, int64_t i, int64_t first, int64_t n, float *dst) {
   const char *p = rows.at(i, first);
   if (rows.col_stride == 1) {
-    if (rows.dtype == LE_FLOAT32)
-      std::memcpy(dst, p, static_cast<size_t>(n) * sizeof(float));
-    else
-      k.widen(reinterpret_cast<const Bf16 *>(p), n, dst);
+    k.widen[rows.dtype](p, n, dst);
     return;
   }
   int64_t step = rows.col_stride * dtype_size(rows.dtype);
-  for (int64_t j = 0; j < n; ++j, p += step) {
-    if (rows.dtype == LE_FLOAT32) {
-      std::memcpy(dst + j, p, sizeof(float));
-    } else {
-      uint32_t bits = uint32_t(reinterpret_cast<const Bf16 *>(p)->bits) << 16;
-      std::memcpy(dst + j, &bits, sizeof bits);
-    }
+  if (rows.dtype == LE_FLOAT32) {
+    for (int64_t j = 0; j < n; ++j, p += step) std::memcpy(dst + j, p, sizeof(float));
+    return;
+  }
+  uint16_t part[kPart];
+  for (int64_t j = 0; j < n; j += kPart) {
+    int64_t count = std::min(kPart, n - j);
+    for (int64_t e = 0; e < count; ++e, p += step) std::memcpy(part + e, p, sizeof(uint16_t));
+    k.widen[rows.dtype](part, count, dst + j);
   }
 }
 
@@ -151,9 +152,12 @@ const float *float_row(const Kernels &k, const Rows &rows, int64_t i, float *cop
 
 void store_row(const Kernels &k, const Rows &rows, int64_t i, int64_t first, int64_t n,
                const float *src, bool accumulate) {
-  constexpr int64_t kPart = 256;
+  if (rows.col_stride == 1 && !accumulate) {
+    k.round[rows.dtype](src, n, rows.at(i, first));
+    return;
+  }
   float part[kPart];
-  Bf16 rounded[kPart];
+  uint16_t rounded[kPart];
   for (int64_t j = 0; j < n; j += kPart) {
     int64_t count = std::min(kPart, n - j);
     std::memcpy(part, src + j, static_cast<size_t>(count) * sizeof(float));
@@ -162,11 +166,12 @@ void store_row(const Kernels &k, const Rows &rows, int64_t i, int64_t first, int
       load_row(k, rows, i, first + j, count, before);
       for (int64_t e = 0; e < count; ++e) part[e] = before[e] + part[e];
     }
-    if (rows.dtype == LE_BFLOAT16) k.round(part, count, rounded);
+    bool narrow = rows.dtype != LE_FLOAT32;
+    if (narrow) k.round[rows.dtype](part, count, rounded);
     for (int64_t e = 0; e < count; ++e) {
       char *p = rows.at(i, first + j + e);
-      if (rows.dtype == LE_BFLOAT16)
-        std::memcpy(p, &rounded[e], sizeof(Bf16));
+      if (narrow)
+        std::memcpy(p, &rounded[e], sizeof(uint16_t));
       else
         std::memcpy(p, &part[e], sizeof(float));
     }

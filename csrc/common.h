@@ -14,6 +14,14 @@ namespace le {
 struct Bf16 {
   uint16_t bits;
 };
+struct Fp16 {
+  uint16_t bits;
+};
+
+// What x, out and weights may be.
+inline bool is_float(int32_t dtype) {
+  return dtype == LE_FLOAT32 || dtype == LE_BFLOAT16 || dtype == LE_FLOAT16;
+}
 
 inline int64_t dtype_size(int32_t dtype) {
   if (dtype == LE_UINT8) return 1;

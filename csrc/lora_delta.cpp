@@ -6,8 +6,8 @@ namespace le {
 namespace {
 
 struct PackMemory {
-  Scratch<float> f32;
-  Scratch<Bf16> bf16;
+  Scratch<float> words;
+  Scratch<uint16_t> halves;
 };
 
 template <class T>
@@ -32,11 +32,11 @@ const char *packed_rows(const Rows &m, PackMemory &memory, int64_t *stride) {
   }
   *stride = m.width * size;
   if (m.dtype == LE_FLOAT32) {
-    float *to = memory.f32.get(m.n * m.width);
+    float *to = memory.words.get(m.n * m.width);
     pack(m, to);
     return reinterpret_cast<const char *>(to);
   }
-  Bf16 *to = memory.bf16.get(m.n * m.width);
+  uint16_t *to = memory.halves.get(m.n * m.width);
   pack(m, to);
   return reinterpret_cast<const char *>(to);
 }

@@ -130,8 +130,8 @@ void read_inputs(const Rows &x, int32_t compute, bool few, Product *p, Context &
   context.threads.run(x.n, context.threads_for(8 * x.n * width), [&](int64_t i) {
     float *row = wide + i * width;
     load_row(k, x, i, 0, width, row);
-    if (rounds || to_bfloat) k.round(row, width, narrow + i * width);
-    if (rounds && !to_bfloat) k.widen(narrow + i * width, width, row);
+    if (rounds || to_bfloat) k.round[LE_BFLOAT16](row, width, narrow + i * width);
+    if (rounds && !to_bfloat) k.widen[LE_BFLOAT16](narrow + i * width, width, row);
     if (few) p->compute->to_lanes(row, chunks, lanes + i * lane_floats);
   });
   p->x = few         ? reinterpret_cast<const char *>(lanes)

@@ -44,7 +44,7 @@ std::string text_of(nb::handle h) { return nb::str(h).c_str(); }
 [[noreturn]] void raise_dtype(const char *op, const char *arg, nb::handle dtype) {
   const char *expected = std::strcmp(arg, "ids") == 0       ? "int32"
                          : std::strcmp(arg, "weights") == 0 ? "float32"
-                                                            : "float32 or bfloat16";
+                                                            : "float32, bfloat16 or float16";
   raise(PyExc_TypeError, where(op, arg) + expected + ", got " + text_of(dtype));
 }
 
@@ -77,19 +77,26 @@ Array from_numpy(PyArrayObject *a, const char *op, const char *arg) {
   le_array &v = out.view;
   int ndim = PyArray_NDIM(a);
   check_ndim(op, arg, ndim);
+  int shift = 2;  // log2 of an element's bytes: it spares a division an axis
   switch (PyArray_TYPE(a)) {
     case NPY_FLOAT32: v.dtype = LE_FLOAT32; break;
+    case NPY_FLOAT16:
+      v.dtype = LE_FLOAT16;
+      shift = 1;
+      break;
     case NPY_INT32: v.dtype = LE_INT32; break;
-    case NPY_UINT8: v.dtype = LE_UINT8; break;
+    case NPY_UINT8:
+      v.dtype = LE_UINT8;
+      shift = 0;
+      break;
     default: raise_dtype(op, arg, nb::handle(reinterpret_cast<PyObject *>(PyArray_DESCR(a))));
   }
-  int64_t size = PyArray_ITEMSIZE(a);
   bool usable = PyArray_ISALIGNED(a) && PyArray_ISNOTSWAPPED(a);
   for (int i = 0; i < ndim; ++i) {
     v.shape[i] = PyArray_DIM(a, i);
     int64_t bytes = PyArray_STRIDE(a, i);
-    usable = usable && bytes % size == 0;
-    v.strides[i] = bytes / size;
+    usable = usable && (bytes & ((int64_t{1} << shift) - 1)) == 0;
+    v.strides[i] = bytes >> shift;
   }
   if (!usable) raise(PyExc_ValueError, where(op, arg) + "an aligned array of native byte order");
   v.ndim = ndim;
@@ -172,6 +179,8 @@ void set_dtype(le_array &v, uint8_t code, uint8_t bits, nb::handle object, const
     v.dtype = LE_FLOAT32;
   else if (code == kBfloat && bits == 16)
     v.dtype = LE_BFLOAT16;
+  else if (code == kFloat && bits == 16)
+    v.dtype = LE_FLOAT16;
   else if (code == kInt && bits == 32)
     v.dtype = LE_INT32;
   else if (code == kUInt && bits == 8)
@@ -191,9 +200,18 @@ Array from_attributes(nb::handle object, const char *op, const char *arg) {
   le_array &v = out.view;
   if (text_of(object.attr("device").attr("type")) != "cpu") raise_device(object, op, arg);
   std::string dtype = text_of(object.attr("dtype"));
-  uint8_t code = dtype == "torch.float32" ? kFloat : dtype == "torch.bfloat16" ? kBfloat : kInt;
-  uint8_t bits = dtype == "torch.bfloat16" ? 16 : code == kFloat || dtype == "torch.int32" ? 32 : 0;
-  set_dtype(v, code, bits, object, op, arg);
+  struct Known {
+    const char *name;
+    uint8_t code, bits;
+  };
+  constexpr Known known[] = {{"torch.float32", kFloat, 32},
+                             {"torch.bfloat16", kBfloat, 16},
+                             {"torch.float16", kFloat, 16},
+                             {"torch.int32", kInt, 32}};
+  Known is{};
+  for (const Known &one : known)
+    if (dtype == one.name) is = one;
+  set_dtype(v, is.code, is.bits, object, op, arg);
   nb::object shape = object.attr("shape"), strides = object.attr("stride")();
   v.ndim = static_cast<int32_t>(nb::len(shape));
   check_ndim(op, arg, v.ndim);
@@ -210,7 +228,7 @@ Array from_exchange(nb::handle object, const char *op, const char *arg) {
   if (torch().exchange->tensor_from_object(object.ptr(), &t) != 0) {
     nb::python_error error;  // takes what torch raised
     if (text_of(object.attr("device").attr("type")) != "cpu") raise_device(object, op, arg);
-    raise(PyExc_TypeError, where(op, arg) + "a dense tensor of float32 or bfloat16, got " +
+    raise(PyExc_TypeError, where(op, arg) + "a dense tensor of float32, bfloat16 or float16, got " +
                                text_of(object.attr("dtype")) + ", " +
                                text_of(object.attr("layout")));
   }
@@ -264,8 +282,8 @@ nb::object new_output(nb::handle like, const Array &like_view, int64_t width) {
     return made;
   }
   npy_intp dims[2] = {like_view.rows(), width};
-  return checked(vector ? PyArray_SimpleNew(1, dims + 1, NPY_FLOAT32)
-                        : PyArray_SimpleNew(2, dims, NPY_FLOAT32));
+  int type = like_view.view.dtype == LE_FLOAT16 ? NPY_FLOAT16 : NPY_FLOAT32;
+  return checked(vector ? PyArray_SimpleNew(1, dims + 1, type) : PyArray_SimpleNew(2, dims, type));
 }
 
 nb::object new_float32(int64_t n, int64_t width) {

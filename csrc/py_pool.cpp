@@ -27,7 +27,10 @@ class Pool {
        int32_t max_rank, int32_t history, uint64_t seed)
       : in_(in), outs_(outs), out_(0), slices_(outs.size()) {
     for (int64_t o : outs) out_ += o;
-    int32_t code = dtype == "float32" ? LE_FLOAT32 : dtype == "bfloat16" ? LE_BFLOAT16 : -1;
+    int32_t code = dtype == "float32"    ? LE_FLOAT32
+                   : dtype == "bfloat16" ? LE_BFLOAT16
+                   : dtype == "float16"  ? LE_FLOAT16
+                                         : -1;
     le_pool_options options{in,      outs.data(), static_cast<int32_t>(outs.size()),
                             code,    capacity,    max_rank,
                             history, seed};

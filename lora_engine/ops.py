@@ -1,9 +1,9 @@
 """One function per op. Arguments are checked by the backend, before any memory is touched.
 
-Arrays are NumPy arrays or CPU torch tensors, contiguous or strided, float32 (as
-tensors also bfloat16); a vector stands for one row. Errors name op, argument,
-expected and got: ValueError (shape, range, overlap, device), TypeError (dtype),
-IndexError (slot).
+Arrays are NumPy arrays or CPU torch tensors, contiguous or strided, float32 or
+float16 (as tensors also bfloat16); a vector stands for one row. Sums are float32;
+a result has the dtype of x. Errors name op, argument, expected and got: ValueError
+(shape, range, overlap, device), TypeError (dtype), IndexError (slot).
 """
 
 from __future__ import annotations
@@ -119,8 +119,9 @@ def batched_adapt(
     w s (Bᵀ grad) xᵀ. Then, in one pass: clipping to ``max_norm`` (gA and gB
     together), LoRA+ (lr_B = lr_ratio lr; Hayou et al. 2024), LoRA-FA
     (train_A=False; Zhang et al. 2023), decoupled weight decay, and the proximal
-    EWC step where ``ewc`` is given. An adapter whose gradient holds NaN or Inf
-    is left untouched, and its rows are reported as not applied.
+    EWC step where ``ewc`` is given. An adapter whose gradient holds NaN or Inf,
+    or whose step would leave the range of the pool's dtype, is left untouched,
+    and its rows are reported as not applied.
     """
     step = make_step(lr, max_norm, lr_ratio, train_A, weight_decay, ewc)
     outcomes = pool._storage.adapt(x, grad, ids, weights, step)
@@ -231,8 +232,9 @@ def ewc_step(
 
     All [n] or [n, m] of one shape; fisher and anchor float32. The proximal step
     for the penalty ewc_lambda sum F (theta - anchor)² (EWC: Kirkpatrick et al.
-    2017, eq. 3); it does not diverge however large ewc_lambda is. A bfloat16
-    theta is rounded stochastically, keyed (seed, version).
+    2017, eq. 3); it does not diverge however large ewc_lambda is. A theta of
+    16 bits is rounded stochastically, keyed (seed, version); in float16 it stays
+    within 65504.
     """
     chosen().ewc_step(theta, grad, fisher, anchor, lr, ewc_lambda, seed, version)
 

@@ -267,6 +267,35 @@ def round_bfloat16_stochastic(
     return out.view(np.float32)
 
 
+def round_float16(values: ArrayLike) -> NDArray[np.float32]:
+    """To the nearest float16, ties to even, beyond 65504 to Inf, as float32."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values, dtype=np.float32).astype(np.float16).astype(np.float32)
+
+
+def round_float16_stochastic(
+    values: ArrayLike, key: int, elements: ArrayLike
+) -> NDArray[np.float32]:
+    """As ``round_bfloat16_stochastic``, to float16; finite values stay within 65504.
+
+    A normal number loses 13 bits, one that is subnormal in float16 more: as many
+    random bits are added to them before they are cut off. Of what lies below
+    2^-32 the random bits are 31, and bits under those are dropped.
+    """
+    bits = np.asarray(values, dtype=np.float32).view(np.uint32)
+    size = bits & np.uint32(0x7FFFFFFF)
+    exponent = (size >> np.uint32(23)).astype(np.int32)
+    cut = np.clip(126 - exponent, 13, 31).astype(np.uint32)
+    below = np.clip(95 - exponent, 0, 31).astype(np.uint32)
+    tiny = ((size & np.uint32(0x7FFFFF)) | np.uint32(0x800000)) >> below
+    kept = np.where(exponent < 113, tiny, size - np.uint32(112 << 23))  # the bias of float16
+    random = counter_hash(elements, key) >> (np.uint32(32) - cut)
+    half = np.minimum((kept + random) >> cut, np.uint32(0x7BFF))
+    half |= (bits >> np.uint32(16)) & np.uint32(0x8000)
+    rounded = half.astype(np.uint16).view(np.float16).astype(np.float32)
+    return np.where(exponent == 255, bits.view(np.float32), rounded)
+
+
 # ---- NF4 (QLoRA: Dettmers et al. 2023), in the float32 that fixes the format's bits --------
 
 NF4_CODES = np.array(

@@ -11,11 +11,18 @@ import lora_engine as le
 from lora_engine import reference
 
 # ‖out - ref‖ <= TOLERANCE ‖ |s||x||A|ᵀ|B|ᵀ + |y| ‖, by the dtype of x and out.
-TOLERANCE = {"float32": 1e-6, "bfloat16": 4e-3}
+TOLERANCE = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 1e-3}
+# Of weights after a step: a stochastic rounding is off by less than one unit in the last place.
+STORED = {"float32": 2e-6, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 KINDS = ("numpy", "torch")
 DTYPE_PAIRS = [(x, w) for x in DTYPES for w in DTYPES]
+
+
+def kinds_of(*dtypes: str) -> tuple[str, ...]:
+    """The kinds of array that come in all of these dtypes: NumPy has no bfloat16."""
+    return ("torch",) if "bfloat16" in dtypes else KINDS
 
 
 def f64(a: Any) -> np.ndarray:
@@ -26,10 +33,9 @@ def f64(a: Any) -> np.ndarray:
 
 
 def to_dtype(values: np.ndarray, dtype: str, kind: str = "torch") -> Any:
-    """The values as a tensor of dtype, or as a NumPy float32 array."""
+    """The values as a tensor or NumPy array of dtype."""
     if kind == "numpy":
-        assert dtype == "float32"
-        return np.ascontiguousarray(values, dtype=np.float32)
+        return np.ascontiguousarray(values, dtype=dtype)
     return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(getattr(torch, dtype))
 
 

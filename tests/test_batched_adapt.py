@@ -7,12 +7,13 @@ import pytest
 import torch
 from helpers import (
     DTYPE_PAIRS,
-    KINDS,
     LAYOUTS,
+    STORED,
     bits,
     delta_error,
     f64,
     fill_pool,
+    kinds_of,
     strided,
     to_dtype,
 )
@@ -58,7 +59,7 @@ def test_matches_reference(x_dtype, w_dtype, data):
     d_in = data.draw(SIZES, "in")
     slices = tuple(data.draw(st.lists(SIZES, min_size=1, max_size=3), "slices"))
     step = data.draw(STEPS, "step")
-    kind = data.draw(st.sampled_from(KINDS)) if x_dtype == "float32" else "torch"
+    kind = data.draw(st.sampled_from(kinds_of(x_dtype)))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
     ranks = (
         [1, 2, 5]
@@ -98,9 +99,7 @@ def test_matches_reference(x_dtype, w_dtype, data):
                 bits(a) == bits(b)
                 for a, b in zip(weights_of(adapter), weights_of(before[slot]), strict=True)
             )
-        # A stochastic rounding is off by less than one unit in the last place.
-        tolerance = 2e-6 if w_dtype == "float32" else 2.0**-7
-        assert step_error(adapter, want[slot], before[slot]) <= tolerance
+        assert step_error(adapter, want[slot], before[slot]) <= STORED[w_dtype]
         if history and named:
             pool.rollback(slot)
     if history:
@@ -217,41 +216,49 @@ def test_same_bits_for_any_thread_count_and_order_of_other_rows(threads):
     assert results[0] == results[1] == results[2] == results[3]
 
 
-def test_bfloat16_rounding_is_the_reference_generator():
+ROUNDING = {
+    "bfloat16": reference.round_bfloat16_stochastic,
+    "float16": reference.round_float16_stochastic,
+}
+
+
+@pytest.mark.parametrize(("dtype", "ulp"), [("bfloat16", 2.0**-8), ("float16", 2.0**-11)])
+def test_rounding_is_the_reference_generator(dtype, ulp):
     """Weights so simple that the float32 step is exact: then every bit is set by the hash."""
-    pool, _ = fill_pool(np.random.default_rng(0), 257, (65,), [3], "bfloat16", seed=11)
+    pool, _ = fill_pool(np.random.default_rng(0), 257, (65,), [3], dtype, seed=11)
     pool.set(0, np.ones((3, 257), "f4"), np.zeros((65, 3), "f4"), 1.0)
     grad = np.zeros((1, 65), "f4")
     version = pool.version(0)
-    pool.adapt(np.zeros((1, 257), "f4"), grad, np.zeros(1, np.int32), 0.5, weight_decay=2.0**-10)
-    want = np.float32(1.0) * np.float32(1.0 - 2.0**-11)
+    pool.adapt(np.zeros((1, 257), "f4"), grad, np.zeros(1, np.int32), 0.5, weight_decay=ulp / 4)
+    want = np.float32(1.0) * np.float32(1.0 - ulp / 8)
     key = reference.rounding_key(11, 0, version)
     A, B, _ = pool.get(0)
-    expected = reference.round_bfloat16_stochastic(np.full(3 * 257, want), key, np.arange(3 * 257))
+    expected = ROUNDING[dtype](np.full(3 * 257, want), key, np.arange(3 * 257))
     assert bits(A.ravel()) == bits(expected)
-    assert set(np.unique(A)) == {np.float32(0.99609375), np.float32(1.0)}
+    assert set(np.unique(A)) == {np.float32(1.0 - ulp), np.float32(1.0)}
     assert (B == 0).all()
 
 
-def test_bfloat16_learns_what_plain_rounding_loses():
-    """100 steps of 1e-3 on weights near 1 (anchors.md): plain rounding moves them by 0."""
-    pool, _ = fill_pool(np.random.default_rng(0), 512, (8,), [1], "bfloat16")
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 1e-3), ("float16", 1e-4)])
+def test_16_bits_learn_what_plain_rounding_loses(dtype, size):
+    """100 small steps on weights near 1 (anchors.md): plain rounding moves them by 0."""
+    pool, _ = fill_pool(np.random.default_rng(0), 512, (8,), [1], dtype)
     pool.set(0, np.ones((1, 512), "f4"), np.ones((8, 1), "f4"), 1.0)
     x = np.ones((1, 512), "f4")
     for _ in range(100):
         _, B, _ = pool.get(0)
-        gA_unit = float(B.sum())  # gA = (Bᵀ grad) x with grad = 1: scaled to a step of 1e-3
-        pool.adapt(x, np.ones((1, 8), "f4"), np.zeros(1, np.int32), 1e-3 / gA_unit, lr_ratio=0.0)
+        gA_unit = float(B.sum())  # gA = (Bᵀ grad) x with grad = 1: scaled to a step of `size`
+        pool.adapt(x, np.ones((1, 8), "f4"), np.zeros(1, np.int32), size / gA_unit, lr_ratio=0.0)
     moved = 1.0 - float(pool.get(0)[0].mean())
-    assert 0.08 < moved < 0.12
-    assert float(reference.round_bfloat16(np.float32(1.0 - 1e-3))) == 1.0
+    assert 80 * size < moved < 120 * size
+    nearest = {"bfloat16": reference.round_bfloat16, "float16": reference.round_float16}[dtype]
+    assert float(nearest(np.float32(1.0 - size))) == 1.0
 
 
-def test_stochastic_rounding_is_unbiased():
-    values = np.full(200_000, np.float32(1.0 + 0.3 * 2**-7))
-    rounded = reference.round_bfloat16_stochastic(
-        values, reference.rounding_key(1, 2, 3), np.arange(values.size)
-    )
+@pytest.mark.parametrize(("dtype", "ulp"), [("bfloat16", 2.0**-7), ("float16", 2.0**-10)])
+def test_stochastic_rounding_is_unbiased(dtype, ulp):
+    values = np.full(200_000, np.float32(1.0 + 0.3 * ulp))
+    rounded = ROUNDING[dtype](values, reference.rounding_key(1, 2, 3), np.arange(values.size))
     up = float((rounded > 1.0).mean())
     assert abs(up - 0.3) < 0.005
 
@@ -273,9 +280,18 @@ def test_ten_thousand_users_in_one_call():
         assert delta_error(got[1], want[int(slot)].B[0], np.abs(want[int(slot)].B[0])) < 2e-6
 
 
-@pytest.mark.parametrize("step", [{"lr": 1e35}, {"lr": 1e20, "lr_ratio": 1e18}], ids=str)
-def test_a_step_beyond_float32_leaves_its_adapter(step):
-    held = fill_pool(np.random.default_rng(8), 9, (4,), [2])
+@pytest.mark.parametrize(
+    ("dtype", "step"),
+    [
+        ("float32", {"lr": 1e35}),
+        ("float32", {"lr": 1e20, "lr_ratio": 1e18}),
+        ("float16", {"lr": 1.0}),
+        ("float16", {"lr": 1e-4, "lr_ratio": 1e4}),
+    ],
+    ids=str,
+)
+def test_a_step_beyond_the_range_leaves_its_adapter(dtype, step):
+    held = fill_pool(np.random.default_rng(8), 9, (4,), [2], dtype)
     x, grad = np.full((1, 9), 1e3, "f4"), np.full((1, 4), 1e3, "f4")
     result = held.pool.adapt(x, grad, np.zeros(1, np.int32), **step)
     assert result.applied.tolist() == [False]

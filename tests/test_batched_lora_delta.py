@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import (
     DTYPE_PAIRS,
-    KINDS,
+    DTYPES,
     LAYOUTS,
     TOLERANCE,
     batch_magnitude,
@@ -15,6 +15,7 @@ from helpers import (
     delta_error,
     f64,
     fill_pool,
+    kinds_of,
     poisoned,
     strided,
     to_dtype,
@@ -42,7 +43,7 @@ def test_matches_reference(x_dtype, w_dtype, data):
     k = data.draw(st.sampled_from([None, 1, 2, 3]), "k")
     d_in = data.draw(SIZES, "in")
     slices = tuple(data.draw(st.lists(SIZES, min_size=1, max_size=3), "slices"))
-    kind = data.draw(st.sampled_from(KINDS)) if x_dtype == "float32" else "torch"
+    kind = data.draw(st.sampled_from(kinds_of(x_dtype)))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
     ranks = [
         tuple(int(r) for r in rng.choice([0, 1, 2, 3, 4, 9, 32], len(slices)))
@@ -98,7 +99,27 @@ def test_rows_without_an_adapter_keep_their_bits(ids):
     assert np.isfinite(y).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [None, 3])
+def test_layout_of_ids_and_weights_changes_no_bit(dtype, k):
+    rng = np.random.default_rng(8)
+    pool, _ = fill_pool(rng, 33, (20,), [1, 2, 5], dtype)
+    ids = drawn_ids(rng, 12, k, 3)
+    weights = rng.standard_normal(ids.shape).astype("f4")
+    x = to_dtype(rng.standard_normal((12, 33)), dtype)
+
+    def views(a):
+        yield np.repeat(a, 2, axis=0)[::2]
+        yield a[::-1].copy()[::-1]
+        yield np.asfortranarray(a)
+        yield torch.from_numpy(np.repeat(a, 3, axis=-1))[..., ::3]
+
+    want = bits(pool.forward(x, ids, weights))
+    for i, w in zip(views(ids), views(weights), strict=True):
+        assert bits(pool.forward(x, i, w)) == want
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_mixed_ranks_in_one_batch(dtype):
     rng = np.random.default_rng(1)
     pool, adapters = fill_pool(rng, 2049, (127,), MIXED_RANKS, dtype)

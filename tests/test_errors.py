@@ -67,17 +67,17 @@ CASES = {
     "x-float64": (
         {"x": np.ones((N, IN))},
         TypeError,
-        "x: expected float32 or bfloat16, got float64",
+        "x: expected float32, bfloat16 or float16, got float64",
     ),
     "x-int32": (
         {"x": np.ones((N, IN), "i4")},
         TypeError,
-        "x: expected float32 or bfloat16, got int32",
+        "x: expected float32, bfloat16 or float16, got int32",
     ),
     "x-uint16": (
         {"x": np.ones((N, IN), "u2")},
         TypeError,
-        "x: expected float32 or bfloat16, got uint16",
+        "x: expected float32, bfloat16 or float16, got uint16",
     ),
     "x-swapped": (
         {"x": np.ones((N, IN), ">f4")},
@@ -322,7 +322,11 @@ def test_thread_count(count):
             ValueError,
             r"B: expected shape \[out, r\] = \[8, 2\], got \[8, 3\]",
         ),
-        ({"A": np.ones((2, IN))}, TypeError, "A: expected float32 or bfloat16, got float64"),
+        (
+            {"A": np.ones((2, IN))},
+            TypeError,
+            "A: expected float32, bfloat16 or float16, got float64",
+        ),
         ({"scaling": float("inf")}, ValueError, "scaling: expected a finite number"),
     ],
     ids=["A-shape", "B-shape", "A-dtype", "scaling"],

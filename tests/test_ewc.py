@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import DTYPES, KINDS, LAYOUTS, bits, delta_error, f64, fill_pool, strided, to_dtype
+from helpers import (
+    DTYPES,
+    LAYOUTS,
+    STORED,
+    TOLERANCE,
+    bits,
+    delta_error,
+    f64,
+    fill_pool,
+    kinds_of,
+    strided,
+    to_dtype,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +28,7 @@ from lora_engine import reference
 @given(data=st.data())
 def test_step_matches_reference(dtype, data):
     shape = data.draw(st.sampled_from([(0, 4), (1, 1), (3, 127), (2, 2049), (5, 16)]), "shape")
-    kind = data.draw(st.sampled_from(KINDS)) if dtype == "float32" else "torch"
+    kind = data.draw(st.sampled_from(kinds_of(dtype)))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
     lr, lam = (
         data.draw(st.sampled_from([0.0, 0.01, 1.0])),
@@ -32,7 +44,9 @@ def test_step_matches_reference(dtype, data):
     want = reference.ewc_step(f64(theta), f64(grad), f64(fisher), f64(anchor), lr, lam)
     kept = [bits(a) for a in (grad, fisher, anchor)]
     le.ewc_step(theta, grad, fisher, anchor, lr, lam, seed=5, version=9)
-    assert delta_error(theta, want, np.abs(want) + 1) <= (1e-6 if dtype == "float32" else 2.0**-7)
+    assert delta_error(theta, want, np.abs(want) + 1) <= (
+        TOLERANCE[dtype] if dtype == "float32" else STORED[dtype]
+    )
     assert [bits(a) for a in (grad, fisher, anchor)] == kept
 
 
@@ -73,9 +87,7 @@ def test_fused_step_matches_reference(dtype, slices, rows):
             for got, ref in zip(
                 (*current[slot].A, *current[slot].B), (*want[slot].A, *want[slot].B), strict=True
             ):
-                assert delta_error(got, ref, np.abs(ref) + 1) <= (
-                    2e-6 if dtype == "float32" else 2.0**-7
-                )
+                assert delta_error(got, ref, np.abs(ref) + 1) <= STORED[dtype]
     penalty = lam * sum(
         float((F * (f64(a) - f64(b)) ** 2).sum())
         for F, a, b in zip(

@@ -69,14 +69,15 @@ def test_target_of_a_vector(kind):
     assert weight_bits(lora) == weight_bits(rows)
 
 
-def test_target_in_bfloat16_points_the_same_way():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_target_in_16_bits_points_the_same_way(dtype):
     rng = np.random.default_rng(1)
     draws = [rng.standard_normal((8, d)) for d in (6, 5, 5)]
     steps = []
-    for dtype in ("float32", "bfloat16"):
+    for of in ("float32", dtype):
         lora = trained()
         before = lora.weights("q")
-        x, y, base = (to_dtype(d, dtype) for d in draws)
+        x, y, base = (to_dtype(d, of) for d in draws)
         assert lora.adapt(x, le.Feedback.from_target(y, base), "q", lr=1.0).applied
         after = lora.weights("q")
         moves = [(a - b).ravel() for a, b in zip(after[:2], before[:2], strict=True)]

@@ -17,6 +17,7 @@ OP_TESTS = (
     "test_batched_lora_delta.py",
     "test_batched_adapt.py",
     "test_ewc.py",
+    "test_float16.py",
 )
 BUILT = _C.isas_built()
 
@@ -40,10 +41,12 @@ def test_the_best_this_cpu_has_is_chosen():
         pytest.skip("LORA_ENGINE_ISA forces a choice")
     flags = cpu_flags()
     best = "generic"
-    if {"avx2", "fma"} <= flags:
+    if {"avx2", "fma", "f16c"} <= flags:
         best = "avx2"
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
         best = "avx512"
+        if "avx512_bf16" in flags:
+            best = "avx512_bf16"
     assert _C.isa() == best
     assert BUILT["generic"]
 

@@ -22,7 +22,13 @@ from helpers_files import mean_gradients, step_error, trained, weight_bits
 import lora_engine as le
 from lora_engine import reference
 
-KINDS = [("numpy", "float32"), ("torch", "float32"), ("torch", "bfloat16")]
+KINDS = [
+    ("numpy", "float32"),
+    ("torch", "float32"),
+    ("torch", "bfloat16"),
+    ("numpy", "float16"),
+    ("torch", "float16"),
+]
 SHAPES = [(1, 1, 1, 1), (1, 127, 64, 1), (3, 64, 127, 2), (5, 2049, 33, 4), (70, 17, 2049, 8)]
 
 

@@ -49,7 +49,7 @@ typedef enum le_status {
 typedef enum le_dtype {
   LE_FLOAT32 = 0,
   LE_BFLOAT16 = 1,
-  LE_FLOAT16 = 2, /* reserved: no op takes it yet */
+  LE_FLOAT16 = 2, /* IEEE 754 binary16 */
   LE_INT32 = 3,
   LE_UINT8 = 4 /* packed NF4 */
 } le_dtype;
@@ -111,7 +111,7 @@ LE_API le_status le_lora_delta(le_context *ctx, const le_array *x, const le_arra
 
 /* The proximal EWC step on arrays of one shape ([n] or [n, m]):
  *   theta <- (theta - lr g + lr c F anchor) / (1 + lr c F),  c = 2 ewc_lambda.
- * F and anchor are float32. A bfloat16 theta is rounded stochastically, keyed
+ * F and anchor are float32. A theta of 16 bits is rounded stochastically, keyed
  * (seed, 0, version, element). */
 LE_API le_status le_ewc_step(le_context *ctx, const le_array *theta, const le_array *grad,
                              const le_array *fisher, const le_array *anchor, float lr,
@@ -123,11 +123,11 @@ typedef struct le_pool_options {
   int64_t in_features;
   const int64_t *out_features; /* one per slice; copied */
   int32_t num_slices;
-  int32_t dtype;    /* LE_FLOAT32 or LE_BFLOAT16: how weights are stored */
+  int32_t dtype;    /* LE_FLOAT32, LE_BFLOAT16 or LE_FLOAT16: how weights are stored */
   int64_t capacity; /* most live slots at a time; 0: no limit */
   int32_t max_rank; /* of a slice; 0: no limit but LE_MAX_RANK */
   int32_t history;  /* 1 keeps the weights before the last change */
-  uint64_t seed;    /* of the stochastic rounding of bfloat16 storage */
+  uint64_t seed;    /* of the stochastic rounding of 16-bit storage */
 } le_pool_options;
 
 #define LE_MAX_RANK 65536
@@ -136,7 +136,7 @@ LE_API le_status le_pool_create(le_context *ctx, const le_pool_options *options,
 LE_API void le_pool_destroy(le_pool *pool);
 
 /* A and B are arrays of num_slices le_array; a missing slice has data NULL.
- * Float32 and bfloat16 are taken and rounded to the pool's dtype. */
+ * Float32, bfloat16 and float16 are taken and rounded to the pool's dtype. */
 LE_API le_status le_pool_add(le_pool *pool, const le_array *A, const le_array *B, float scaling,
                              int32_t *slot);
 LE_API le_status le_pool_set(le_pool *pool, int32_t slot, const le_array *A, const le_array *B,

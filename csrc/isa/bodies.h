@@ -1,5 +1,5 @@
 // The inner loops, written once; each instruction set's file includes this
-// after vec.h's two macros and names its table with LE_TABLE.
+// after vec.h's macros and names its table with LE_TABLE.
 #pragma once
 
 #include "nf4_bodies.h"
@@ -208,18 +208,26 @@ LE_INLINE void convert(const From *src, int64_t n, To *dst) {
   }
 }
 
-void widen(const Bf16 *src, int64_t n, float *dst) { convert(src, n, dst); }
-void round(const float *src, int64_t n, Bf16 *dst) { convert(src, n, dst); }
+template <class T>
+void widen(const void *src, int64_t n, float *dst) {
+  convert(static_cast<const T *>(src), n, dst);
+}
+template <class T>
+void round(const float *src, int64_t n, void *dst) {
+  convert(src, n, static_cast<T *>(dst));
+}
 
 }  // namespace
 
 const Kernels LE_TABLE = {
     LE_NAME,
-    {shrink<float>, shrink<Bf16>},
-    {{expand<float, float>, expand<float, Bf16>}, {expand<Bf16, float>, expand<Bf16, Bf16>}},
-    {update<float>, update<Bf16>},
-    widen,
-    round,
+    {shrink<float>, shrink<Bf16>, shrink<Fp16>},
+    {{expand<float, float>, expand<float, Bf16>, expand<float, Fp16>},
+     {expand<Bf16, float>, expand<Bf16, Bf16>, expand<Bf16, Fp16>},
+     {expand<Fp16, float>, expand<Fp16, Bf16>, expand<Fp16, Fp16>}},
+    {update<float>, update<Bf16>, update<Fp16>},
+    {widen<float>, widen<Bf16>, widen<Fp16>},
+    {round<float>, round<Bf16>, round<Fp16>},
     nf4_kernels(LE_NF4_BFLOAT),
 };
 

@@ -21,7 +21,7 @@ using ExpandFn = void (*)(int64_t m, int64_t terms, const float *c, int64_t ldc,
                           const void *const *b, int64_t n, void *const *y, int accumulate);
 
 // theta' = (decay theta - coef vec + penalty F anchor) / (1 + penalty F) for n
-// elements; without fisher the penalty is 0. Bfloat16 is rounded
+// elements; without fisher the penalty is 0. Storage of 16 bits is rounded
 // stochastically by hash(key, element + i).
 struct Update {
   const void *src;
@@ -35,20 +35,25 @@ struct Update {
 };
 using UpdateFn = void (*)(const Update &);
 
-constexpr int kNumDtypes = 2;  // LE_FLOAT32, LE_BFLOAT16
+// Between float32 and a dtype, n elements; to nearest, ties to even.
+using WidenFn = void (*)(const void *src, int64_t n, float *dst);
+using RoundFn = void (*)(const float *src, int64_t n, void *dst);
+
+constexpr int kNumDtypes = 3;  // LE_FLOAT32, LE_BFLOAT16, LE_FLOAT16
 
 struct Kernels {
   const char *name;
   ShrinkFn shrink[kNumDtypes];              // [dtype of a]
   ExpandFn expand[kNumDtypes][kNumDtypes];  // [dtype of b][dtype of y]
   UpdateFn update[kNumDtypes];              // [dtype of theta]
-  void (*widen)(const Bf16 *src, int64_t n, float *dst);
-  void (*round)(const float *src, int64_t n, Bf16 *dst);  // to nearest, ties to even
+  WidenFn widen[kNumDtypes];                // [dtype of src]
+  RoundFn round[kNumDtypes];                // [dtype of dst]
   Nf4Kernels nf4;
 };
 
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 
 }  // namespace le

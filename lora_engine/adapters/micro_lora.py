@@ -175,7 +175,7 @@ class MicroLoRA:
         drawn = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
         mask = (drawn.random(tuple(x.shape), dtype=np.float32) < keep) * np.float32(1.0 / keep)
         if isinstance(x, np.ndarray):
-            return x * mask
+            return (x * mask).astype(x.dtype, copy=False)
         import torch
 
         return (x * torch.from_numpy(mask)).to(x.dtype)

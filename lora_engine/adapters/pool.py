@@ -37,8 +37,9 @@ class AdapterPool:
 
     in_features: length of x. out_features: length of y, or a tuple for several
     slices whose outputs are concatenated (q, k, v in one call). dtype: how the
-    weights are stored, "float32" or "bfloat16" (rounded to nearest when added,
-    stochastically when adapted, keyed (seed, slot, version, element)).
+    weights are stored, "float32", "bfloat16" or "float16" (rounded to nearest when
+    added, so beyond 65504 to Inf in float16; stochastically when adapted, keyed
+    (seed, slot, version, element), and then never to Inf).
     capacity, max_rank: limits, default none. history=1 keeps the weights before
     the last change, for ``rollback``, at twice the memory.
 

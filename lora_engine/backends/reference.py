@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,18 @@ class Step(NamedTuple):
     ewc: Ewc | None = None
 
 
+# How values are stored in a dtype: to nearest, and after a step.
+_NEAREST: dict[str, Callable[[Any], Any]] = {
+    "float32": np.float32,
+    "bfloat16": reference.round_bfloat16,
+    "float16": reference.round_float16,
+}
+_STOCHASTIC = {
+    "bfloat16": reference.round_bfloat16_stochastic,
+    "float16": reference.round_float16_stochastic,
+}
+
+
 def lora_delta(x: Any, A: Any, B: Any, scaling: float, out: Any, accumulate: bool) -> Any:
     delta = reference.lora_delta(_rows(x), _read(A), _read(B), scaling)
     return _result(x, out, delta, accumulate)
@@ -46,10 +59,11 @@ def ewc_step(
     values = reference.ewc_step(
         _read(theta), _read(grad), _read(fisher), _read(anchor), lr, ewc_lambda
     )
-    if str(theta.dtype) == "torch.bfloat16":
+    stochastic = _STOCHASTIC.get(str(theta.dtype).removeprefix("torch."))
+    if stochastic:
         key = reference.rounding_key(seed, 0, version)
         elements = np.arange(values.size).reshape(values.shape)
-        values = reference.round_bfloat16_stochastic(values, key, elements).astype(np.float64)
+        values = stochastic(values, key, elements).astype(np.float64)
     _write(theta, values)
 
 
@@ -72,8 +86,10 @@ class Pool:
         history: int,
         seed: int,
     ) -> None:
-        if dtype not in ("float32", "bfloat16"):
-            raise TypeError(f"AdapterPool: dtype: expected float32 or bfloat16, got {dtype}")
+        if dtype not in _NEAREST:
+            raise TypeError(
+                f"AdapterPool: dtype: expected float32, bfloat16 or float16, got {dtype}"
+            )
         self.in_features, self.outs, self.dtype = in_features, out_features, dtype
         self.capacity, self.max_rank = capacity, max_rank
         self.history, self.seed = history, seed
@@ -91,8 +107,7 @@ class Pool:
             w not in (None, g) for w, g in zip(like, values.shape, strict=True)
         ):
             raise ValueError(f"AdapterPool: A, B: expected shape {like}, got {values.shape}")
-        rounded = values.astype(np.float32)
-        return reference.round_bfloat16(rounded) if self.dtype == "bfloat16" else rounded
+        return _NEAREST[self.dtype](values.astype(np.float32))
 
     def _adapter(self, A: list[Any], B: list[Any], scaling: float) -> reference.Adapter:
         if len(A) != len(self.outs) or len(B) != len(self.outs):
@@ -222,7 +237,7 @@ class Pool:
             first += values.size
             if self.dtype == "float32":
                 return values.astype(np.float32)
-            return reference.round_bfloat16_stochastic(values, key, elements)
+            return _STOCHASTIC[self.dtype](values, key, elements)
 
         A, B = [], []
         for a, b in zip(adapter.A, adapter.B, strict=True):
