@@ -33,6 +33,8 @@ from safetensors.torch import load_file, save_file
 
 import lora_engine as le
 from lora_engine import atomic
+from lora_engine.quant import checkpoint
+from lora_engine.safetensors_file import raw_of
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -111,6 +113,7 @@ def test_numpy_keys_are_borrowed_and_given_back():
     assert same(theirs, before)
     assert all(np.shares_memory(back[key], theirs[key]) for key in theirs)
     assert all(value.flags.writeable for value in theirs.values())
+    assert not any(value.flags.writeable for value in back.values())
 
 
 @storages
@@ -129,6 +132,7 @@ def test_strided_and_misplaced_keys_are_read():
     odd = {k: np.frombuffer(b"x" + v.tobytes(), v.dtype, offset=1) for k, v in theirs.items()}
     odd[NAME] = odd[NAME][:, None]
     assert not odd[f"{NAME}.absmax"].flags.aligned
+    assert checkpoint.numbers(raw_of(odd[f"{NAME}.absmax"], "")).flags.aligned
     assert bits(le.NF4Tensor.from_bitsandbytes(odd, NAME).to_float()) == want
 
 
