@@ -43,7 +43,7 @@ lanes: $(VENV)/.test
 	$(LANES)/bin/python -m pip install --quiet --no-deps . \
 		-C cmake.define.LORA_ENGINE_AVX512_ON_AVX2=ON -C build-dir=build/lanes/build
 	cd tests && LORA_ENGINE_ISA=avx512 $(LANES)/bin/python -m pytest -q \
-		test_lora_delta.py test_batched_lora_delta.py test_batched_adapt.py test_ewc.py
+		test_lora_delta.py test_batched_lora_delta.py test_batched_adapt.py test_ewc.py test_fisher.py
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

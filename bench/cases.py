@@ -1,11 +1,19 @@
 """All cases, in the order of the speed table."""
 
-from bench import cases_adapt, cases_batched, cases_forward, cases_import, cases_pool_adapt
+from bench import (
+    cases_adapt,
+    cases_batched,
+    cases_fisher,
+    cases_forward,
+    cases_import,
+    cases_pool_adapt,
+)
 
 CASES = (
     *cases_forward.CASES,
     *cases_adapt.CASES,
     *cases_batched.CASES,
     *cases_pool_adapt.CASES,
+    *cases_fisher.CASES,
     *cases_import.CASES,
 )

@@ -16,6 +16,7 @@ struct Bf16 {
 };
 
 inline int64_t dtype_size(int32_t dtype) {
+  if (dtype == LE_FLOAT64) return 8;
   return dtype == LE_FLOAT32 || dtype == LE_INT32 ? 4 : 2;
 }
 const char *dtype_name(int32_t dtype);

@@ -42,9 +42,10 @@ std::string where(const char *op, const char *arg) {
 std::string text_of(nb::handle h) { return nb::str(h).c_str(); }
 
 [[noreturn]] void raise_dtype(const char *op, const char *arg, nb::handle dtype) {
-  const char *expected = std::strcmp(arg, "ids") == 0       ? "int32"
-                         : std::strcmp(arg, "weights") == 0 ? "float32"
-                                                            : "float32 or bfloat16";
+  std::string name = arg, expected = "float32 or bfloat16";
+  if (name == "ids" || name == "segments") expected = "int32";
+  if (name == "weights") expected = "float32";
+  if (name == "F_A" || name == "F_B" || name == "u" || name == "v") expected = "float64 or float32";
   raise(PyExc_TypeError, where(op, arg) + expected + ", got " + text_of(dtype));
 }
 
@@ -80,9 +81,10 @@ Array from_numpy(PyArrayObject *a, const char *op, const char *arg) {
   switch (PyArray_TYPE(a)) {
     case NPY_FLOAT32: v.dtype = LE_FLOAT32; break;
     case NPY_INT32: v.dtype = LE_INT32; break;
+    case NPY_FLOAT64: v.dtype = LE_FLOAT64; break;
     default: raise_dtype(op, arg, nb::handle(reinterpret_cast<PyObject *>(PyArray_DESCR(a))));
   }
-  int64_t size = 4;
+  int64_t size = PyArray_ITEMSIZE(a);
   bool usable = PyArray_ISALIGNED(a) && PyArray_ISNOTSWAPPED(a);
   for (int i = 0; i < ndim; ++i) {
     v.shape[i] = PyArray_DIM(a, i);
@@ -171,6 +173,8 @@ void set_dtype(le_array &v, uint8_t code, uint8_t bits, nb::handle object, const
     v.dtype = LE_FLOAT32;
   else if (code == kBfloat && bits == 16)
     v.dtype = LE_BFLOAT16;
+  else if (code == kFloat && bits == 64)
+    v.dtype = LE_FLOAT64;
   else if (code == kInt && bits == 32)
     v.dtype = LE_INT32;
   else
@@ -190,6 +194,7 @@ Array from_attributes(nb::handle object, const char *op, const char *arg) {
   std::string dtype = text_of(object.attr("dtype"));
   uint8_t code = dtype == "torch.float32" ? kFloat : dtype == "torch.bfloat16" ? kBfloat : kInt;
   uint8_t bits = dtype == "torch.bfloat16" ? 16 : code == kFloat || dtype == "torch.int32" ? 32 : 0;
+  if (dtype == "torch.float64") code = kFloat, bits = 64;
   set_dtype(v, code, bits, object, op, arg);
   nb::object shape = object.attr("shape"), strides = object.attr("stride")();
   v.ndim = static_cast<int32_t>(nb::len(shape));
@@ -268,6 +273,12 @@ nb::object new_output(nb::handle like, const Array &like_view, int64_t width) {
 nb::object new_float32(int64_t n, int64_t width) {
   npy_intp dims[2] = {n, width};
   return checked(PyArray_SimpleNew(2, dims, NPY_FLOAT32));
+}
+
+nb::object new_sums(nb::handle like, const Array &like_view, nb::object shape) {
+  if (!like_view.torch) return nb::module_::import_("numpy").attr("empty")(shape, "f4");
+  nb::object float32 = nb::module_::import_("torch").attr("float32");
+  return like.attr("new_empty")(shape, nb::arg("dtype") = float32);
 }
 
 nb::object new_uint8(int64_t n, uint8_t **data) {

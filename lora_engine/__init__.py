@@ -17,8 +17,11 @@ from lora_engine.ops import (
     batched_adapt,
     batched_lora_delta,
     ewc_step,
+    fisher_accumulate,
     get_num_threads,
     lora_delta,
+    lora_fisher,
+    lora_fisher_factors,
     set_num_threads,
 )
 
@@ -37,7 +40,10 @@ __all__ = [
     "batched_adapt",
     "batched_lora_delta",
     "ewc_step",
+    "fisher_accumulate",
     "get_num_threads",
     "lora_delta",
+    "lora_fisher",
+    "lora_fisher_factors",
     "set_num_threads",
 ]

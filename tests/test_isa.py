@@ -17,6 +17,7 @@ OP_TESTS = (
     "test_batched_lora_delta.py",
     "test_batched_adapt.py",
     "test_ewc.py",
+    "test_fisher.py",
 )
 BUILT = _C.isas_built()
 

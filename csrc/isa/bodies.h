@@ -2,6 +2,7 @@
 // after vec.h's two macros and names its table with LE_TABLE.
 #pragma once
 
+#include "fisher_bodies.h"
 #include "vec.h"
 
 namespace le {
@@ -219,6 +220,10 @@ const Kernels LE_TABLE = {
     {update<float>, update<Bf16>},
     widen,
     round,
+    {{accumulate_squares<float, float>, accumulate_squares<float, Bf16>},
+     {accumulate_squares<Bf16, float>, accumulate_squares<Bf16, Bf16>}},
+    project,
+    expand_squares,
 };
 
 }  // namespace le

@@ -34,6 +34,15 @@ struct Update {
 };
 using UpdateFn = void (*)(const Update &);
 
+// F = gamma F + (scale g) g for n elements.
+using AccumulateSquaresFn = void (*)(int64_t n, float gamma, float scale, const void *g, void *F);
+
+// h[j * m + i] = dot(x[i], a + j * k) over k elements, for m <= kProjectRows
+// rows and r ranks: for tiles of rows that do not fit the L1 together.
+constexpr int64_t kProjectRows = 12;
+using ProjectFn = void (*)(int64_t m, const float *const *x, int64_t r, const float *a, int64_t k,
+                           float *h);
+
 constexpr int kNumDtypes = 2;  // LE_FLOAT32, LE_BFLOAT16
 
 struct Kernels {
@@ -42,7 +51,10 @@ struct Kernels {
   ExpandFn expand[kNumDtypes][kNumDtypes];  // [dtype of b][dtype of y]
   UpdateFn update[kNumDtypes];              // [dtype of theta]
   void (*widen)(const Bf16 *src, int64_t n, float *dst);
-  void (*round)(const float *src, int64_t n, Bf16 *dst);  // to nearest, ties to even
+  void (*round)(const float *src, int64_t n, Bf16 *dst);           // to nearest, ties to even
+  AccumulateSquaresFn accumulate_squares[kNumDtypes][kNumDtypes];  // [dtype of F][dtype of g]
+  ProjectFn project;
+  ExpandFn expand_squares;  // with the squares of b, all float32
 };
 
 extern const Kernels kernels_generic;

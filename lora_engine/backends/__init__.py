@@ -1,7 +1,8 @@
 """The registry of backends: what computes the ops.
 
-A backend is a module with the functions ``lora_delta`` and ``ewc_step`` and the
-classes ``Pool``, ``Step`` and ``Ewc``, all with the signatures of ``lora_engine._C``.
+A backend is a module with the functions ``lora_delta``, ``ewc_step``, ``fisher_accumulate``,
+``lora_fisher`` and ``lora_fisher_factors`` and the classes ``Pool``, ``Step`` and ``Ewc``, all
+with the signatures of ``lora_engine._C``.
 """
 
 from __future__ import annotations
