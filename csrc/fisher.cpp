@@ -171,24 +171,37 @@ const double *sum_all(Context &context, const Sums &s) {
   return total;
 }
 
-// out[i][j] = or += sum[i * row_step + j * col_step].
-template <class T>
-void store_sums(const Rows &out, const double *sum, int64_t row_step, int64_t col_step,
-                bool accumulate) {
-  for (int64_t i = 0; i < out.n; ++i) {
-    T *row = reinterpret_cast<T *>(out.row(i));
-    const double *from = sum + i * row_step;
-    for (int64_t j = 0; j < out.width; ++j) {
-      T *p = row + j * out.col_stride;
-      *p = static_cast<T>(accumulate ? double(*p) + from[j * col_step] : from[j * col_step]);
-    }
-  }
+Rows transposed(Rows m) {
+  std::swap(m.n, m.width);
+  std::swap(m.row_stride, m.col_stride);
+  return m;
 }
 
-void write_sums(const Rows &out, const double *sum, int64_t row_step, int64_t col_step,
-                bool accumulate) {
-  auto store = out.dtype == LE_FLOAT64 ? store_sums<double> : store_sums<float>;
-  store(out, sum, row_step, col_step, accumulate);
+template <class T>
+void store_row_sums(T *to, int64_t step, const double *sum, int64_t sum_step, int64_t n,
+                    bool accumulate) {
+  if (step == 1 && sum_step == 1 && !accumulate) {
+    for (int64_t j = 0; j < n; ++j) to[j] = static_cast<T>(sum[j]);
+    return;
+  }
+  for (int64_t j = 0; j < n; ++j, to += step, sum += sum_step)
+    *to = static_cast<T>(accumulate ? double(*to) + *sum : *sum);
+}
+
+// out[i][j] = or += sum[i * row_step + j * col_step], along the longer side.
+void write_sums(Rows out, const double *sum, int64_t row_step, int64_t col_step, bool accumulate) {
+  if (out.n > out.width) {
+    out = transposed(out);
+    std::swap(row_step, col_step);
+  }
+  for (int64_t i = 0; i < out.n; ++i, sum += row_step) {
+    if (out.dtype == LE_FLOAT64)
+      store_row_sums(reinterpret_cast<double *>(out.row(i)), out.col_stride, sum, col_step,
+                     out.width, accumulate);
+    else
+      store_row_sums(reinterpret_cast<float *>(out.row(i)), out.col_stride, sum, col_step,
+                     out.width, accumulate);
+  }
 }
 
 struct Named {
@@ -231,16 +244,12 @@ std::vector<int32_t> read_segments(const char *op, const le_array *segments, int
   return offsets;
 }
 
-Rows transposed(Rows m) {
-  std::swap(m.n, m.width);
-  std::swap(m.row_stride, m.col_stride);
-  return m;
-}
-
-// to [n, width] = the matrix as float32, read along its memory.
+// to [n, width] = the matrix as float32, read along its memory; a few rows one by
+// one, since a column would be too short to be worth it.
+constexpr int64_t kFewRows = 16;
 const float *float_copy(const Kernels &k, const Rows &m, Scratch<float> &memory) {
   float *to = memory.get(m.n * m.width);
-  if (std::abs(m.col_stride) <= std::abs(m.row_stride) || m.n == 1) {
+  if (std::abs(m.col_stride) <= std::abs(m.row_stride) || m.n <= kFewRows) {
     for (int64_t i = 0; i < m.n; ++i) load_row(k, m, i, 0, m.width, to + i * m.width);
     return to;
   }
