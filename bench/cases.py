@@ -3,6 +3,7 @@
 from bench import (
     cases_adapt,
     cases_batched,
+    cases_fisher,
     cases_forward,
     cases_import,
     cases_nf4,
@@ -15,5 +16,6 @@ CASES = (
     *cases_batched.CASES,
     *cases_pool_adapt.CASES,
     *cases_nf4.CASES,
+    *cases_fisher.CASES,
     *cases_import.CASES,
 )

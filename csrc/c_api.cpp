@@ -6,6 +6,7 @@
 
 #include "adapt.h"
 #include "dispatch.h"
+#include "fisher.h"
 #include "nf4_linear.h"
 
 struct le_context {
@@ -187,6 +188,28 @@ le_status le_nf4_linear_backward(le_context *ctx, const le_array *grad, const le
                                  const le_array *dx) {
   return with_context("nf4_linear_backward", ctx,
                       [&](le::Context &c) { le::nf4_linear_backward(c, grad, w, dx); });
+}
+
+le_status le_fisher_accumulate(le_context *ctx, const le_array *F, const le_array *g, float gamma,
+                               float scale) {
+  return with_context("fisher_accumulate", ctx,
+                      [&](le::Context &c) { le::fisher_accumulate(c, F, g, gamma, scale); });
+}
+
+le_status le_lora_fisher(le_context *ctx, const le_array *x, const le_array *grad,
+                         const le_array *A, const le_array *B, float scaling,
+                         const le_array *segments, int32_t accumulate, const le_array *F_A,
+                         const le_array *F_B) {
+  return with_context("lora_fisher", ctx, [&](le::Context &c) {
+    le::lora_fisher(c, x, grad, A, B, scaling, segments, accumulate != 0, F_A, F_B);
+  });
+}
+
+le_status le_lora_fisher_factors(le_context *ctx, const le_array *x, const le_array *grad,
+                                 int32_t accumulate, const le_array *u, const le_array *v) {
+  return with_context("lora_fisher_factors", ctx, [&](le::Context &c) {
+    le::lora_fisher_factors(c, x, grad, accumulate != 0, u, v);
+  });
 }
 
 le_status le_pool_create(le_context *ctx, const le_pool_options *options, le_pool **out) {

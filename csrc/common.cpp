@@ -11,6 +11,7 @@ const char *dtype_name(int32_t dtype) {
     case LE_FLOAT16: return "float16";
     case LE_INT32: return "int32";
     case LE_UINT8: return "uint8";
+    case LE_FLOAT64: return "float64";
     default: return "unknown dtype";
   }
 }

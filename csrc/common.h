@@ -25,6 +25,7 @@ inline bool is_float(int32_t dtype) {
 
 inline int64_t dtype_size(int32_t dtype) {
   if (dtype == LE_UINT8) return 1;
+  if (dtype == LE_FLOAT64) return 8;
   return dtype == LE_FLOAT32 || dtype == LE_INT32 ? 4 : 2;
 }
 const char *dtype_name(int32_t dtype);

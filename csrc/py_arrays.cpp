@@ -42,9 +42,10 @@ std::string where(const char *op, const char *arg) {
 std::string text_of(nb::handle h) { return nb::str(h).c_str(); }
 
 [[noreturn]] void raise_dtype(const char *op, const char *arg, nb::handle dtype) {
-  const char *expected = std::strcmp(arg, "ids") == 0       ? "int32"
-                         : std::strcmp(arg, "weights") == 0 ? "float32"
-                                                            : "float32, bfloat16 or float16";
+  std::string name = arg, expected = "float32, bfloat16 or float16";
+  if (name == "ids" || name == "segments") expected = "int32";
+  if (name == "weights") expected = "float32";
+  if (name == "F_A" || name == "F_B" || name == "u" || name == "v") expected = "float64 or float32";
   raise(PyExc_TypeError, where(op, arg) + expected + ", got " + text_of(dtype));
 }
 
@@ -88,6 +89,10 @@ Array from_numpy(PyArrayObject *a, const char *op, const char *arg) {
     case NPY_UINT8:
       v.dtype = LE_UINT8;
       shift = 0;
+      break;
+    case NPY_FLOAT64:
+      v.dtype = LE_FLOAT64;
+      shift = 3;
       break;
     default: raise_dtype(op, arg, nb::handle(reinterpret_cast<PyObject *>(PyArray_DESCR(a))));
   }
@@ -181,6 +186,8 @@ void set_dtype(le_array &v, uint8_t code, uint8_t bits, nb::handle object, const
     v.dtype = LE_BFLOAT16;
   else if (code == kFloat && bits == 16)
     v.dtype = LE_FLOAT16;
+  else if (code == kFloat && bits == 64)
+    v.dtype = LE_FLOAT64;
   else if (code == kInt && bits == 32)
     v.dtype = LE_INT32;
   else if (code == kUInt && bits == 8)
@@ -204,10 +211,9 @@ Array from_attributes(nb::handle object, const char *op, const char *arg) {
     const char *name;
     uint8_t code, bits;
   };
-  constexpr Known known[] = {{"torch.float32", kFloat, 32},
-                             {"torch.bfloat16", kBfloat, 16},
-                             {"torch.float16", kFloat, 16},
-                             {"torch.int32", kInt, 32}};
+  constexpr Known known[] = {{"torch.float32", kFloat, 32}, {"torch.bfloat16", kBfloat, 16},
+                             {"torch.float16", kFloat, 16}, {"torch.float64", kFloat, 64},
+                             {"torch.int32", kInt, 32},     {"torch.uint8", kUInt, 8}};
   Known is{};
   for (const Known &one : known)
     if (dtype == one.name) is = one;
@@ -289,6 +295,12 @@ nb::object new_output(nb::handle like, const Array &like_view, int64_t width) {
 nb::object new_float32(int64_t n, int64_t width) {
   npy_intp dims[2] = {n, width};
   return checked(PyArray_SimpleNew(2, dims, NPY_FLOAT32));
+}
+
+nb::object new_sums(nb::handle like, const Array &like_view, nb::object shape) {
+  if (!like_view.torch) return nb::module_::import_("numpy").attr("empty")(shape, "f4");
+  nb::object float32 = nb::module_::import_("torch").attr("float32");
+  return like.attr("new_empty")(shape, nb::arg("dtype") = float32);
 }
 
 nb::object new_uint8(int64_t n, uint8_t **data) {

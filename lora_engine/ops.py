@@ -239,6 +239,60 @@ def ewc_step(
     chosen().ewc_step(theta, grad, fisher, anchor, lr, ewc_lambda, seed, version)
 
 
+def fisher_accumulate(F: Any, g: Any, gamma: float, scale: float) -> None:
+    """F <- gamma F + scale g∘g, in place and in one pass: the running Fisher information of
+    online EWC (Schwarz et al. 2018, Progress & Compress, section 3).
+
+    F and g [n] or [n, m] of one shape; their dtypes may differ. Computed in float32, rounded
+    to nearest in F's dtype. Raises ValueError (shape, overlap, gamma or scale not finite),
+    TypeError (dtype).
+    """
+    chosen().fisher_accumulate(F, g, gamma, scale)
+
+
+def lora_fisher(
+    x: Any,
+    grad: Any,
+    A: Any,
+    B: Any,
+    scaling: float,
+    segments: Any = None,
+    *,
+    out: tuple[Any, Any] | None = None,
+) -> tuple[Any, Any]:
+    """(F_A [r, in], F_B [out, r]): sums over samples of squared per-sample gradients of A and B.
+
+    The diagonal of the empirical Fisher information (EWC: Kirkpatrick et al. 2017, eq. 3)
+    times the number of samples. x [n, in], grad = dL/dy [n, out] of x's dtype; A [r, in],
+    B [out, r]. One row a sample: F_B = s² (grad∘grad)ᵀ(h∘h), F_A = s² (g∘g)ᵀ(x∘x),
+    h = A x, g = Bᵀ grad. ``segments``: int32 offsets [S+1], ascending, 0 first and n last:
+    sample i is rows segments[i] to segments[i+1], whose gradients are summed first and
+    squared then; it may be empty. No per-sample gradient of a row is formed.
+
+    Returns new float32 arrays; or ``out``, a pair of float64 or float32 arrays, which is
+    added to. Sums inside a call are kept in float64, so 10 million samples keep a relative
+    error under 1e-6; over many calls that takes a float64 ``out``. Squares are taken in
+    float32: values beyond about 1e-18 to 1e18 vanish or overflow.
+
+    Raises ValueError (shape, segments, overlap, scaling not finite), TypeError (dtype).
+    """
+    pair: tuple[Any, Any] = chosen().lora_fisher(x, grad, A, B, scaling, segments, out)
+    return pair
+
+
+def lora_fisher_factors(
+    x: Any, grad: Any, *, out: tuple[Any, Any] | None = None
+) -> tuple[Any, Any]:
+    """(u [out], v [in]): the sums over rows of grad∘grad and of x∘x.
+
+    u vᵀ stands for the Fisher information of ΔW (the diagonals of K-FAC's factors: Martens
+    and Grosse 2015, eq. 1). x [n, in], grad [n, out] of x's dtype; precision, ``out`` and
+    errors as in ``lora_fisher``.
+    """
+    pair: tuple[Any, Any] = chosen().lora_fisher_factors(x, grad, out)
+    return pair
+
+
 def set_num_threads(num_threads: int) -> None:
     """How many threads an op may use: 1 to 4096; at the start, the CPUs the process may use."""
     _C.set_num_threads(num_threads)

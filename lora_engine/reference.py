@@ -8,6 +8,7 @@ missing slice). Nothing here is fast, and nothing here is clever.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -216,6 +217,44 @@ def ewc_step(
     """
     pull = lr * 2.0 * ewc_lambda * _f64(fisher)
     return (_f64(theta) - lr * _f64(grad) + pull * _f64(anchor)) / (1.0 + pull)
+
+
+def fisher_accumulate(F: ArrayLike, g: ArrayLike, gamma: float, scale: float) -> F64:
+    """gamma F + scale g∘g (the running Fisher information of online EWC: Schwarz et al. 2018)."""
+    return gamma * _f64(F) + scale * _f64(g) ** 2
+
+
+def lora_fisher(
+    x: ArrayLike,
+    grad: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    scaling: float,
+    segments: ArrayLike | None = None,
+) -> tuple[F64, F64]:
+    """(F_A, F_B): the sums over samples of squared per-sample gradients, one by one.
+
+    The diagonal of the empirical Fisher information, times the number of samples
+    (EWC: Kirkpatrick et al. 2017). Sample i is rows segments[i] to segments[i+1];
+    without segments, row i.
+    """
+    rows, up = _f64(x), _f64(grad)
+    ends = np.arange(len(rows) + 1) if segments is None else np.asarray(segments)
+    F_A, F_B = np.zeros_like(_f64(A)), np.zeros_like(_f64(B))
+    for first, last in pairwise(ends):
+        gA, gB = adapter_gradients(rows[first:last], up[first:last], A, B, scaling)
+        F_A += gA**2
+        F_B += gB**2
+    return F_A, F_B
+
+
+def lora_fisher_factors(x: ArrayLike, grad: ArrayLike) -> tuple[F64, F64]:
+    """(u [out], v [in]): sum grad², sum x² over rows.
+
+    u vᵀ stands for the Fisher information of ΔW, as in the Kronecker factors of
+    K-FAC (Martens and Grosse 2015) with diagonals kept.
+    """
+    return (_f64(grad) ** 2).sum(axis=0), (_f64(x) ** 2).sum(axis=0)
 
 
 # ---- 16-bit storage ---------------------------------------------------------

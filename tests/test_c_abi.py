@@ -67,11 +67,25 @@ LIB.le_pool_adapt.argtypes = [
     c.POINTER(LeStep),
     c.c_void_p,
 ]
+LIB.le_lora_fisher.argtypes = [
+    c.c_void_p,
+    *[c.POINTER(LeArray)] * 4,
+    c.c_float,
+    c.POINTER(LeArray),
+    c.c_int32,
+    *[c.POINTER(LeArray)] * 2,
+]
+LIB.le_lora_fisher_factors.argtypes = [
+    c.c_void_p,
+    *[c.POINTER(LeArray)] * 2,
+    c.c_int32,
+    *[c.POINTER(LeArray)] * 2,
+]
 LIB.le_pool_remove.argtypes = [c.c_void_p, c.c_int32]
 
 
 def view(a: np.ndarray) -> LeArray:
-    dtype = {"float32": 0, "int32": 3}[a.dtype.name]
+    dtype = {"float32": 0, "int32": 3, "float64": 4}[a.dtype.name]
     shape = (c.c_int64 * 4)(*a.shape)
     strides = (c.c_int64 * 4)(*[s // a.itemsize for s in a.strides])
     return LeArray(a.ctypes.data, shape, strides, a.ndim, dtype, 0)
@@ -130,6 +144,29 @@ def test_forward_and_adapt_match_the_reference(handles):
     moved = reference.lora_delta(x, A - 0.05 * gA, B - 0.05 * gB, 0.5)
     assert LIB.le_pool_forward(pool, view(x), view(ids), None, 0, 0, view(y)) == OK
     assert np.allclose(y[[0, 2]], moved[[0, 2]], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_fisher_sums_overwrite_or_add(handles, dtype):
+    ctx, _ = handles
+    rng = np.random.default_rng(2)
+    shapes = (5, 16), (5, 8), (2, 16), (8, 2)
+    x, grad, A, B = (rng.standard_normal(s).astype("f4") for s in shapes)
+    segments = np.array([0, 2, 2, 5], "i4")
+    sums = [np.full(s, np.nan, dtype) for s in ((2, 16), (8, 2), (8,), (16,))]
+    want = (
+        *reference.lora_fisher(x, grad, A, B, 0.5, segments),
+        *reference.lora_fisher_factors(x, grad),
+    )
+    for accumulate in (0, 1):
+        F_A, F_B, u, v = map(view, sums)
+        args = view(x), view(grad), view(A), view(B), 0.5, view(segments), accumulate, F_A, F_B
+        assert LIB.le_lora_fisher(ctx, *args) == OK
+        assert LIB.le_lora_fisher_factors(ctx, view(x), view(grad), accumulate, u, v) == OK
+        for got, ref in zip(sums, want, strict=True):
+            assert np.allclose(got, (1 + accumulate) * ref, rtol=1e-5, atol=1e-6)
+    assert LIB.le_lora_fisher_factors(ctx, view(x), view(grad), 0, view(segments), v) == VALUE
+    assert LIB.le_lora_fisher_factors(ctx, view(x), None, 0, u, v) == VALUE
 
 
 def test_errors_are_statuses_with_words(handles):

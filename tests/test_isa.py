@@ -18,6 +18,7 @@ OP_TESTS = (
     "test_batched_adapt.py",
     "test_ewc.py",
     "test_float16.py",
+    "test_fisher.py",
 )
 BUILT = _C.isas_built()
 

@@ -51,7 +51,8 @@ typedef enum le_dtype {
   LE_BFLOAT16 = 1,
   LE_FLOAT16 = 2, /* IEEE 754 binary16 */
   LE_INT32 = 3,
-  LE_UINT8 = 4 /* packed NF4 */
+  LE_UINT8 = 4,  /* packed NF4 */
+  LE_FLOAT64 = 5 /* only of sums: the outputs of le_lora_fisher and its factors */
 } le_dtype;
 
 #define LE_MAX_DIMS 4
@@ -116,6 +117,26 @@ LE_API le_status le_lora_delta(le_context *ctx, const le_array *x, const le_arra
 LE_API le_status le_ewc_step(le_context *ctx, const le_array *theta, const le_array *grad,
                              const le_array *fisher, const le_array *anchor, float lr,
                              float ewc_lambda, uint64_t seed, uint64_t version);
+
+/* F <- gamma F + scale g * g (element by element), in F's dtype: the running
+ * Fisher information of arrays of one shape, [n] or [n, m]. */
+LE_API le_status le_fisher_accumulate(le_context *ctx, const le_array *F, const le_array *g,
+                                      float gamma, float scale);
+
+/* Sums over samples of squared per-sample gradients of A and B, the Fisher
+ * information's diagonal: F_A [r, in], F_B [out, r], float32 or float64, or +=
+ * with accumulate. segments int32 [S+1]: sample i is rows [segments[i],
+ * segments[i+1]), summed before they are squared; none: a sample is a row. x
+ * and grad share a dtype, A and B share a dtype. Up to 64 samples are summed in
+ * float32, their totals in float64; a sum that is continued over calls keeps
+ * its precision in float64 outputs. */
+LE_API le_status le_lora_fisher(le_context *ctx, const le_array *x, const le_array *grad,
+                                const le_array *A, const le_array *B, float scaling,
+                                const le_array *segments, int32_t accumulate, const le_array *F_A,
+                                const le_array *F_B);
+/* u [out] = sum of grad^2 and v [in] = sum of x^2 over rows, likewise. */
+LE_API le_status le_lora_fisher_factors(le_context *ctx, const le_array *x, const le_array *grad,
+                                        int32_t accumulate, const le_array *u, const le_array *v);
 
 /* ---- adapter pool ------------------------------------------------------- */
 

@@ -2,6 +2,7 @@
 // after vec.h's macros and names its table with LE_TABLE.
 #pragma once
 
+#include "fisher_bodies.h"
 #include "nf4_bodies.h"
 #include "vec.h"
 
@@ -229,6 +230,14 @@ const Kernels LE_TABLE = {
     {widen<float>, widen<Bf16>, widen<Fp16>},
     {round<float>, round<Bf16>, round<Fp16>},
     nf4_kernels(LE_NF4_BFLOAT),
+    {{accumulate_squares<float, float>, accumulate_squares<float, Bf16>,
+      accumulate_squares<float, Fp16>},
+     {accumulate_squares<Bf16, float>, accumulate_squares<Bf16, Bf16>,
+      accumulate_squares<Bf16, Fp16>},
+     {accumulate_squares<Fp16, float>, accumulate_squares<Fp16, Bf16>,
+      accumulate_squares<Fp16, Fp16>}},
+    project,
+    expand_squares,
 };
 
 }  // namespace le

@@ -35,6 +35,15 @@ struct Update {
 };
 using UpdateFn = void (*)(const Update &);
 
+// F = gamma F + (scale g) g for n elements.
+using AccumulateSquaresFn = void (*)(int64_t n, float gamma, float scale, const void *g, void *F);
+
+// h[j * m + i] = dot(x[i], a + j * k) over k elements, for m <= kProjectRows
+// rows and r ranks: for tiles of rows that do not fit the L1 together.
+constexpr int64_t kProjectRows = 12;
+using ProjectFn = void (*)(int64_t m, const float *const *x, int64_t r, const float *a, int64_t k,
+                           float *h);
+
 // Between float32 and a dtype, n elements; to nearest, ties to even.
 using WidenFn = void (*)(const void *src, int64_t n, float *dst);
 using RoundFn = void (*)(const float *src, int64_t n, void *dst);
@@ -49,6 +58,9 @@ struct Kernels {
   WidenFn widen[kNumDtypes];                // [dtype of src]
   RoundFn round[kNumDtypes];                // [dtype of dst]
   Nf4Kernels nf4;
+  AccumulateSquaresFn accumulate_squares[kNumDtypes][kNumDtypes];  // [dtype of F][dtype of g]
+  ProjectFn project;
+  ExpandFn expand_squares;  // with the squares of b, all float32
 };
 
 extern const Kernels kernels_generic;

@@ -1,8 +1,8 @@
 """The registry of backends: what computes the ops.
 
-A backend is a module with the functions ``lora_delta``, ``ewc_step`` and ``nf4_*`` and
-the classes ``Pool``, ``Step``, ``Ewc`` and ``Nf4``, all with the signatures of
-``lora_engine._C``.
+A backend is a module with the functions ``lora_delta``, ``ewc_step``, ``nf4_*``,
+``fisher_accumulate``, ``lora_fisher`` and ``lora_fisher_factors`` and the classes ``Pool``,
+``Step``, ``Ewc`` and ``Nf4``, all with the signatures of ``lora_engine._C``.
 """
 
 from __future__ import annotations

@@ -67,6 +67,32 @@ def ewc_step(
     _write(theta, values)
 
 
+def fisher_accumulate(F: Any, g: Any, gamma: float, scale: float) -> None:
+    _write(F, reference.fisher_accumulate(_read(F), _read(g), gamma, scale))
+
+
+def _sums(like: Any, sums: tuple[np.ndarray, np.ndarray], out: Any) -> Any:
+    if out is not None:
+        for to, values in zip(out, sums, strict=True):
+            _write(to, _read(to) + values.reshape(to.shape))
+        return tuple(out)
+    if hasattr(like, "detach"):
+        import torch
+
+        return tuple(torch.from_numpy(s).float() for s in sums)
+    return tuple(s.astype(np.float32) for s in sums)
+
+
+def lora_fisher(x: Any, grad: Any, A: Any, B: Any, scaling: float, segments: Any, out: Any) -> Any:
+    offsets = None if segments is None else _read(segments).astype(np.int64)
+    sums = reference.lora_fisher(_rows(x), _rows(grad), _read(A), _read(B), scaling, offsets)
+    return _sums(x, sums, out)
+
+
+def lora_fisher_factors(x: Any, grad: Any, out: Any) -> Any:
+    return _sums(x, reference.lora_fisher_factors(_rows(x), _rows(grad)), out)
+
+
 class _Slot(NamedTuple):
     adapter: reference.Adapter
     version: int
