@@ -50,31 +50,34 @@ Nf4Matrix::Nf4Matrix(const char *op, const le_nf4 *w) : w_(w ? *w : le_nf4{}) {
   std::memcpy(tail_, chunk(whole_chunks_), static_cast<size_t>(rest));
 }
 
-float Nf4Matrix::scale(int64_t block) const {
-  if (w_.absmax) return w_.absmax[block];
-  float product =
-      w_.nested_map[w_.absmax_codes[block]] * w_.nested_absmax[block / w_.nested_blocksize];
-  return product + w_.nested_offset;
+// absmax of blocks [first, first + count), zeros beyond the last block.
+void Nf4Matrix::absmax(int64_t first, int64_t count, float *to) const {
+  int64_t there = std::min(count, blocks_ - first);
+  for (int64_t i = 0; i < there && w_.absmax; ++i) to[i] = w_.absmax[first + i];
+  for (int64_t i = 0; i < there && !w_.absmax;) {
+    int64_t nested = (first + i) / w_.nested_blocksize;
+    int64_t end = std::min(there, (nested + 1) * w_.nested_blocksize - first);
+    float scale = w_.nested_absmax[nested], offset = w_.nested_offset;
+    for (; i < end; ++i) {
+      float product = w_.nested_map[w_.absmax_codes[first + i]] * scale;
+      to[i] = product + offset;
+    }
+  }
+  for (int64_t i = there; i < count; ++i) to[i] = 0;
 }
 
 Nf4Scales Nf4Matrix::scales(int64_t first, int64_t count, Scratch<float> &memory) const {
   bool halves = w_.blocksize < kNf4Chunk;
-  if (halves) {
-    first *= 2;
-    count *= 2;
-  }
-  int64_t chunks_a_block = std::max<int64_t>(w_.blocksize / kNf4Chunk, 1);
-  if (w_.absmax && chunks_a_block == 1 && first + count <= blocks_)
-    return {w_.absmax + first, halves};
-  float *to = memory.get(count);
-  if (chunks_a_block == 1) {
-    int64_t there = std::min(count, blocks_ - first);
-    for (int64_t i = 0; i < there; ++i) to[i] = scale(first + i);
-    for (int64_t i = there; i < count; ++i) to[i] = 0;
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = scale((first + i) / chunks_a_block);
-  }
-  return {to, halves};
+  int shift = halves ? 0 : __builtin_ctz(static_cast<unsigned>(w_.blocksize / kNf4Chunk));
+  int64_t block = halves ? 2 * first : first >> shift;
+  int64_t blocks = halves ? 2 * count : ((first + count - 1) >> shift) - block + 1;
+  if (w_.absmax && shift == 0 && block + blocks <= blocks_) return {w_.absmax + block, halves};
+  float *to = memory.get(blocks + count);
+  absmax(block, blocks, to);
+  if (shift == 0) return {to, halves};
+  float *chunk = to + blocks;
+  for (int64_t i = 0; i < count; ++i) chunk[i] = to[((first + i) >> shift) - block];
+  return {chunk, halves};
 }
 
 void Nf4Matrix::check_apart(const char *op, const char *arg, const Rows &out) const {

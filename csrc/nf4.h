@@ -46,7 +46,7 @@ class Nf4Matrix {
   void check_apart(const char *op, const char *arg, const Rows &out) const;
 
  private:
-  float scale(int64_t block) const;
+  void absmax(int64_t first, int64_t count, float *to) const;
 
   const le_nf4 w_;
   int64_t blocks_ = 0;

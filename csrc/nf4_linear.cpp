@@ -203,7 +203,7 @@ void nf4_linear(Context &context, const Nf4Linear &call) {
 void nf4_linear_backward(Context &context, const le_array *grad, const le_nf4 *w,
                          const le_array *dx) {
   const char *op = "nf4_linear_backward";
-  constexpr int64_t kSpan = 256, kRows = 32;  // of W: 32 KiB decoded
+  constexpr int64_t kSpan = 512, kRows = 8;  // of W, decoded: half of an L1
   Nf4Matrix matrix(op, w);
   Shape shape = checked_shape(op, grad, matrix.rows(), "[n, out]", dx, matrix.cols(), "[n, in]",
                               LE_FLOAT32, false);

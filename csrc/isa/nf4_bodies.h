@@ -138,28 +138,41 @@ void sums(int64_t count, const float *acc, float *y) {
 
 // ---- encoding ---------------------------------------------------------------
 
-void encode(const float *x, int64_t n, float absmax, uint8_t *codes) {
-  F midpoints[15];
-  for (int j = 0; j < 15; ++j) midpoints[j] = set1(nf4_midpoint(j));
-  for (int64_t i = 0; i < n; i += W) {
-    int64_t count = n - i < W ? n - i : W;
-    F value = load_part(x + i, count) / set1(absmax);
-    U code = {};
-    for (int j = 0; j < 15; ++j) code -= reinterpret_cast<U>(value > midpoints[j]);
-    for (int64_t e = 0; e < count; ++e) codes[i + e] = static_cast<uint8_t>(code[e]);
+using Codes = uint8_t __attribute__((vector_size(W)));
+
+// Of x / absmax: how many midpoints lie below it.
+LE_INLINE Codes codes_of(F x, F absmax) {
+  F value = x / absmax;
+  U code = {};
+#pragma GCC unroll 15
+  for (int j = 0; j < 15; ++j) code -= reinterpret_cast<U>(value > set1(nf4_midpoint(j)));
+  return __builtin_convertvector(code, Codes);
+}
+
+void encode(const float *x, int64_t n, float absmax, uint8_t *to) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    Codes codes = codes_of(load(x + i), set1(absmax));
+    std::memcpy(to + i, &codes, W);
+  }
+  if (i < n) {
+    Codes codes = codes_of(load_part(x + i, n - i), set1(absmax));
+    std::memcpy(to + i, &codes, static_cast<size_t>(n - i));
   }
 }
 
 float absmax(const float *x, int64_t n) {
   F largest = {}, not_finite = {};
-  for (int64_t i = 0; i < n; i += W) {
-    U magnitude = reinterpret_cast<U>(load_part(x + i, n - i < W ? n - i : W)) & 0x7fffffffu;
-    F value = reinterpret_cast<F>(magnitude);
-    largest = value > largest ? value : largest;
-    not_finite += value * 0.0f;  // NaN from NaN and from infinity
-  }
+  auto see = [&](F v) {
+    F magnitude = reinterpret_cast<F>(reinterpret_cast<U>(v) & 0x7fffffffu);
+    largest = magnitude > largest ? magnitude : largest;
+    not_finite += v * 0.0f;  // NaN from NaN and from infinity
+  };
+  int64_t i = 0;
+  for (; i + W <= n; i += W) see(load(x + i));
+  if (i < n) see(load_part(x + i, n - i));
   float result = sum(not_finite);
-  for (int i = 0; i < W; ++i) result = largest[i] > result ? largest[i] : result;
+  for (int e = 0; e < W; ++e) result = largest[e] > result ? largest[e] : result;
   return result;
 }
 
