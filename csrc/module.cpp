@@ -12,6 +12,7 @@ using le_py::check;
 using le_py::context;
 
 NB_MODULE(_C, m) {
+  nb::set_leak_warnings(false);  // the library prints nothing; a pool may live until exit
   le_py::init_arrays();
   if (le_abi_version() != LE_ABI_VERSION) throw std::runtime_error("lora_engine: ABI mismatch");
   le_py::bind_pool(m);

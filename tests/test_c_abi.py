@@ -81,11 +81,35 @@ LIB.le_lora_fisher_factors.argtypes = [
     c.c_int32,
     *[c.POINTER(LeArray)] * 2,
 ]
+
+
+class LeNf4(c.Structure):
+    _fields_ = [
+        ("packed", c.c_void_p),
+        ("rows", c.c_int64),
+        ("cols", c.c_int64),
+        ("blocksize", c.c_int32),
+        ("absmax", c.c_void_p),
+        ("absmax_codes", c.c_void_p),
+        ("nested_absmax", c.c_void_p),
+        ("nested_map", c.c_void_p),
+        ("nested_blocksize", c.c_int32),
+        ("nested_offset", c.c_float),
+    ]
+
+
+ARRAY, NF4 = c.POINTER(LeArray), c.POINTER(LeNf4)
+LIB.le_nf4_encode.argtypes = [c.c_void_p, ARRAY, c.c_int32, c.c_void_p, c.c_void_p]
+LIB.le_nf4_decode.argtypes = [c.c_void_p, NF4, ARRAY]
+LIB.le_nf4_linear.argtypes = [
+    c.c_void_p, ARRAY, NF4, ARRAY, c.c_void_p, ARRAY, ARRAY, c.c_int32, ARRAY
+]  # fmt: skip
+LIB.le_nf4_linear_backward.argtypes = [c.c_void_p, ARRAY, NF4, ARRAY]
 LIB.le_pool_remove.argtypes = [c.c_void_p, c.c_int32]
 
 
 def view(a: np.ndarray) -> LeArray:
-    dtype = {"float32": 0, "int32": 3, "float64": 4}[a.dtype.name]
+    dtype = {"float32": 0, "int32": 3, "float64": 5}[a.dtype.name]
     shape = (c.c_int64 * 4)(*a.shape)
     strides = (c.c_int64 * 4)(*[s // a.itemsize for s in a.strides])
     return LeArray(a.ctypes.data, shape, strides, a.ndim, dtype, 0)
@@ -167,6 +191,66 @@ def test_fisher_sums_overwrite_or_add(handles, dtype):
             assert np.allclose(got, (1 + accumulate) * ref, rtol=1e-5, atol=1e-6)
     assert LIB.le_lora_fisher_factors(ctx, view(x), view(grad), 0, view(segments), v) == VALUE
     assert LIB.le_lora_fisher_factors(ctx, view(x), None, 0, u, v) == VALUE
+
+
+def nf4(W, blocksize=64):
+    """(le_nf4 of W, what it borrows)."""
+    packed, absmax = reference.nf4_quantize(W, blocksize)
+    held = LeNf4(
+        packed.ctypes.data, *W.shape, blocksize, absmax.ctypes.data, None, None, None, 0, 0.0
+    )
+    return held, (packed, absmax)
+
+
+def test_nf4_both_ways_and_multiplied(handles):
+    ctx, pool = handles
+    slot, A, B = add(pool)
+    rng = np.random.default_rng(3)
+    W, x = rng.standard_normal((8, 16)).astype("f4"), rng.standard_normal((3, 16)).astype("f4")
+    w, (packed, absmax) = nf4(W)
+    codes, scales = np.full_like(packed, 255), np.full_like(absmax, np.nan)
+    args = ctx, view(W), 64, codes.ctypes.data, scales.ctypes.data
+    assert LIB.le_nf4_encode(*args) == OK
+    assert (codes == packed).all()
+    assert (scales == absmax).all()
+    decoded = np.full((8, 16), np.nan, "f4")
+    assert LIB.le_nf4_decode(ctx, c.byref(w), view(decoded)) == OK
+    assert (decoded == reference.nf4_dequantize(packed, 8, 16, 64, absmax)).all()
+    y, ids = np.full((3, 8), np.nan, "f4"), np.array([slot, -1, slot], "i4")
+    status = LIB.le_nf4_linear(ctx, view(x), w, None, pool, view(ids), None, -1, view(y))
+    delta = np.where(ids[:, None] < 0, 0, reference.lora_delta(x, A, B, 0.5))
+    assert status == OK
+    assert np.allclose(y, x @ decoded.T + delta, rtol=0, atol=1e-5)
+    dx = np.full((3, 16), np.nan, "f4")
+    assert LIB.le_nf4_linear_backward(ctx, view(y), w, view(dx)) == OK
+    assert np.allclose(dx, y @ decoded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"packed": None}, b"w: expected codes and scales, got NULL"),
+        ({"absmax": None}, b"w: expected codes and scales, got NULL"),
+        ({"blocksize": 48}, b"blocksize: expected a power of two from 32 to 4096, got 48"),
+        ({"blocksize": 8192}, b"blocksize: expected a power of two from 32 to 4096, got 8192"),
+        ({"rows": 0}, b"w: expected rows and cols from 1"),
+        ({"rows": 2**40, "cols": 2**40}, b"w: expected rows and cols from 1, 2^48 elements"),
+        ({"cols": 15}, b"x: expected shape [n, in] = [n, 15], got [3, 16]"),
+        ({"rows": 7}, b"out: expected shape [n, out] = [3, 7], got [3, 8]"),
+    ],
+)
+def test_nf4_refusals(handles, change, words):
+    ctx, _ = handles
+    w, held = nf4(np.ones((8, 16), "f4"))
+    for name, value in change.items():
+        setattr(w, name, value)
+    x, y = np.ones((3, 16), "f4"), np.full((3, 8), 7.0, "f4")
+    args = ctx, view(x), w, None, None, None, None, -1, view(y)
+    assert LIB.le_nf4_linear(*args) == VALUE
+    assert words in LIB.le_last_error(ctx)
+    assert (y == 7.0).all()
+    assert LIB.le_nf4_linear(ctx, view(x), None, None, None, None, None, -1, view(y)) == VALUE
+    del held
 
 
 def test_errors_are_statuses_with_words(handles):

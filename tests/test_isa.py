@@ -19,6 +19,8 @@ OP_TESTS = (
     "test_ewc.py",
     "test_float16.py",
     "test_fisher.py",
+    "test_nf4_linear.py",
+    "test_nf4_autograd.py",
 )
 BUILT = _C.isas_built()
 

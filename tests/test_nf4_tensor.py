@@ -7,14 +7,9 @@ import pytest
 import torch
 from helpers import (
     LAYOUTS,
-    TOLERANCE,
-    batch_magnitude,
     bits,
     f64,
-    fill_pool,
-    poisoned,
     strided,
-    to_dtype,
 )
 from helpers_nf4 import (
     BLOCKSIZES,
@@ -279,40 +274,3 @@ def test_wrong_arguments_are_named(what):
     call, error, names = BAD[what]
     with pytest.raises(error, match=names):
         call()
-
-
-# ---- linear -----------------------------------------------------------------
-
-
-@st.composite
-def drawn_linear(draw):
-    n, cols, rows = draw(st.integers(0, 9)), draw(st.integers(1, 200)), draw(st.integers(1, 70))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    dtype = draw(st.sampled_from(["float32", "bfloat16"]))
-    kind = draw(st.sampled_from(["numpy", "torch"])) if dtype == "float32" else "torch"
-    x = strided(
-        to_dtype(rng.standard_normal((n, cols)), dtype, kind), draw(st.sampled_from(LAYOUTS))
-    )
-    bias = to_dtype(rng.standard_normal(rows), dtype, kind) if draw(st.booleans()) else None
-    W = rng.standard_normal((rows, cols)).astype("f4")
-    w = le.nf4_quantize(W, draw(st.sampled_from([32, 64, 128])), draw(st.booleans()))
-    filled = fill_pool(rng, cols, (rows,), [1, 3]) if draw(st.booleans()) else None
-    ids = rng.integers(-1, 2, n).astype("i4") if filled else None
-    return x, w, bias, filled, ids, dtype
-
-
-@given(drawn_linear())
-def test_linear_with_bias_and_deltas(case):
-    x, w, bias, filled, ids, dtype = case
-    W = w.to_float()
-    want = reference.nf4_linear(f64(x), W, None if bias is None else f64(bias))
-    size = np.abs(f64(x)) @ np.abs(W).T.astype("f8")
-    size += 0 if bias is None else np.abs(f64(bias))
-    if filled:
-        want = want + reference.batched_lora_delta(f64(x), filled.adapters, (len(W),), ids)
-        size += batch_magnitude(x, filled.adapters, (len(W),), ids)
-    out = poisoned(x, len(x), len(W))
-    pool = filled.pool if filled else None
-    assert le.nf4_linear(x, w, bias, pool, ids, out=out) is out
-    assert np.linalg.norm(f64(out) - want) <= TOLERANCE[dtype] * np.linalg.norm(size)
-    assert bits(le.nf4_linear(x, w, bias, pool, ids)) == bits(out)
