@@ -49,7 +49,7 @@ def bitsandbytes(w: NF4Tensor, x: Any, packed: bool) -> Callable[[], Any]:
     rows, cols = w.shape
     layer = Linear4bit(cols, rows, bias=False, compute_dtype=x.dtype, quant_type="nf4")
     state = {
-        name: torch.as_tensor(value).clone() for name, value in w.to_bitsandbytes("weight").items()
+        name: torch.from_numpy(value.copy()) for name, value in w.to_bitsandbytes("weight").items()
     }
     stored = state.pop("weight")
     layer.weight = Params4bit.from_prequantized(stored, state, device="cpu")

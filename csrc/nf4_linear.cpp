@@ -13,7 +13,7 @@ constexpr int64_t kColumns = 64;            // of y in one task
 constexpr int64_t kTaskFloats = 64 * 1024;  // of y in one task, at most
 constexpr int64_t kFewRows = 16;            // up to here codes stay in registers
 constexpr int64_t kLaneRows = 4;            // rows of x that share a decoded register
-constexpr int64_t kSpanBytes = 16 * 1024;   // of x that stay in the L1 meanwhile
+constexpr int64_t kSpanBytes = 32 * 1024;   // of several rows of x that stay in the cache meanwhile
 constexpr int64_t kTileSpan = 1024;         // columns of a decoded tile
 constexpr int64_t kBlockRows = 64;          // rows of x that meet a decoded tile
 
@@ -46,7 +46,9 @@ void few_rows(const Product &p, int64_t column, int64_t count, float *y) {
   int64_t chunks = w.cols() / kNf4Chunk, lanes = p.k->nf4.lanes;
   for (int64_t i = 0; i < p.n; i += kLaneRows) {
     int64_t m = std::min(kLaneRows, p.n - i);
-    int64_t span = std::max<int64_t>(kSpanBytes / m / p.compute->lane_bytes / 2 * 2, 2);
+    // One row of x is worth no second visit to a row of weights: those then stream.
+    int64_t part_of_x = std::max<int64_t>(kSpanBytes / m / p.compute->lane_bytes / 2 * 2, 2);
+    int64_t span = m == 1 ? chunks : part_of_x;
     float *acc = b.acc.get_aligned(count * m * lanes);
     for (int64_t c = 0; c < chunks; c += span) {
       int64_t part = std::min(span, chunks - c);
