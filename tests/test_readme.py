@@ -12,11 +12,12 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_examples_run_and_learn(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     check = "assert result.applied.tolist() == [True, True, False, True]\n"
     check += "assert np.abs(y - target)[0].mean() < 0.5 * np.abs(target)[0].mean()\n"
-    command = [sys.executable, "-c", blocks[0] + check + blocks[1]]
+    command = [sys.executable, "-c", blocks[0] + check + "".join(blocks[1:])]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "no adapter was named" in ran.stdout
     assert (tmp_path / "my_adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "base.safetensors").stat().st_size < 0.52 * 4096 * 4096
