@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -277,3 +280,63 @@ def test_a_layer_of_bitsandbytes_gives_the_same(dtype, double_quant):
         size = np.abs(f64(x)) @ np.abs(w.to_float()).T + np.abs(f64(bias))
         gap = np.linalg.norm(f64(y) - f64(theirs))
         assert gap <= 2 * TOLERANCE[dtype] * np.linalg.norm(size)
+
+
+# ---- batches as servers see them, and memory --------------------------------
+
+RANKS = (0, 1, 2, 3, 8, 17, 64, 256)
+
+
+@pytest.mark.parametrize("n", [1, 8, 16, 100])
+def test_every_rank_in_one_batch(n):
+    rng = np.random.default_rng(n)
+    filled = fill_pool(rng, 128, (65,), list(RANKS))
+    w, x = matrix(rng, 65, 128), rng.standard_normal((n, 128)).astype("f4")
+    ids = rng.integers(-1, len(RANKS), n).astype("i4")
+    delta = reference.batched_lora_delta(x, filled.adapters, (65,), ids)
+    size = batch_magnitude(x, filled.adapters, (65,), ids)
+    assert_linear(le.nf4_linear(x, w, pool=filled.pool, ids=ids), x, w, "float32", delta=delta,
+                  delta_size=size)  # fmt: skip
+
+
+def test_a_thousand_adapters_and_a_long_tail():
+    rng = np.random.default_rng(4)
+    filled = fill_pool(rng, 64, (16, 8, 8), [(2, 0, 1)] * 1024)
+    w, x = matrix(rng, 32, 64), rng.standard_normal((300, 64)).astype("f4")
+    ids = (np.minimum(rng.zipf(1.3, 300), 1024) - 1).astype("i4")
+    delta = reference.batched_lora_delta(x, filled.adapters, (16, 8, 8), ids)
+    size = batch_magnitude(x, filled.adapters, (16, 8, 8), ids)
+    y = le.nf4_linear(x, w, pool=filled.pool, ids=ids)
+    assert_linear(y, x, w, "float32", delta=delta, delta_size=size)
+    A, B, s = filled.pool.get(int(ids[0]))
+    filled.pool.set(int(ids[0]), [a * 2 if a is not None else None for a in A], B, s)
+    changed = le.nf4_linear(x, w, pool=filled.pool, ids=ids)
+    same = ids != ids[0]
+    assert bits(changed[same]) == bits(y[same])
+    assert (changed[~same] != y[~same]).any(axis=1).all()
+
+
+MEMORY = """
+import resource
+import subprocess
+import sys
+
+import numpy as np
+from lora_engine import _C
+
+rows = cols = 16384  # 128 MiB packed; decoded it would be 1 GiB
+packed = np.full(rows * cols // 2, 0x5A, np.uint8)
+w = _C.Nf4(packed, rows, cols, 64, np.ones(rows * cols // 64, np.float32))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+for n in (1, 3, 40):
+    y = _C.nf4_linear(np.ones((n, cols), np.float32), w, None, None, None, None, None, None)
+    _C.nf4_linear_backward(y, w, None)
+print(peak() - before)
+"""
+
+
+def test_the_matrix_is_never_decoded_whole():
+    ran = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) < 32 * 1024  # KiB
