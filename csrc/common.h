@@ -4,6 +4,7 @@
 #include <cstdarg>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -45,8 +46,13 @@ template <class T>
 class Scratch {
  public:
   T *get(int64_t count) {
-    if (static_cast<int64_t>(data_.size()) < count) data_.resize(static_cast<size_t>(count));
-    return data_.data();
+    if (size_ < count) {
+      data_.reset();  // first: the old and the new need not be there together
+      size_ = 0;
+      data_.reset(new T[static_cast<size_t>(count)]);
+      size_ = count;
+    }
+    return data_.get();
   }
   // The same from an address that 64 divides: whole vectors then cross no cache line.
   T *get_aligned(int64_t count) {
@@ -55,9 +61,17 @@ class Scratch {
     uintptr_t past = reinterpret_cast<uintptr_t>(p) % 64;
     return past ? p + (64 - past) / sizeof(T) : p;
   }
+  // Gives a large buffer back: allocating it again costs little beside its use.
+  void trim() {
+    constexpr int64_t kKept = 4 << 20;  // bytes
+    if (size_ * static_cast<int64_t>(sizeof(T)) <= kKept) return;
+    data_.reset();
+    size_ = 0;
+  }
 
  private:
-  std::vector<T> data_;
+  std::unique_ptr<T[]> data_;
+  int64_t size_ = 0;
 };
 
 }  // namespace le

@@ -33,9 +33,9 @@ struct Sums {
   int64_t in() const { return x.width; }
   int64_t out() const { return grad.width; }
   int64_t size() const { return rank * (in() + out()); }
-  // 6 rows at a time are projected; more of them, where columns are a power of
-  // two apart, would contend for the same 8 ways of the L1.
-  int64_t tile_rows() const {
+  // How many rows a tile has. Those of more that do not fit the L1 together, a power
+  // of two apart, would contend for the same 8 of its ways.
+  int64_t rows_a_tile() const {
     return kProjectRows * 4 * (in() + out()) <= kTileBytes ? kProjectRows : kProjectRows / 2;
   }
 };
@@ -100,7 +100,7 @@ void add_tile(const Sums &s, int64_t first, int64_t m, bool squared, bool accumu
 
 // Each row a sample.
 void add_rows(const Sums &s, int64_t first, int64_t last, float *to, Buffers &b) {
-  for (int64_t step = s.tile_rows(); first < last; first += step)
+  for (int64_t step = s.rows_a_tile(); first < last; first += step)
     add_tile(s, first, std::min(step, last - first), true, true, to, b);
 }
 
@@ -108,7 +108,7 @@ void add_rows(const Sums &s, int64_t first, int64_t last, float *to, Buffers &b)
 void add_sample(const Sums &s, int64_t first, int64_t last, float *to, Buffers &b) {
   if (first == last) return;
   float *sample = b.sample.get(s.size());
-  int64_t step = s.tile_rows();
+  int64_t step = s.rows_a_tile();
   for (int64_t row = first; row < last; row += step)
     add_tile(s, row, std::min(step, last - row), false, row > first, sample, b);
   s.k.accumulate_squares[LE_FLOAT32][LE_FLOAT32](s.size(), 1.0f, 1.0f, sample, to);

@@ -1,6 +1,7 @@
 #include "nf4.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "dispatch.h"
@@ -40,6 +41,10 @@ Nf4Matrix::Nf4Matrix(const char *op, const le_nf4 *w) : w_(w ? *w : le_nf4{}) {
   bool nested = !w_.absmax;
   if (!w_.packed || (nested && !(w_.absmax_codes && w_.nested_absmax && w_.nested_map)))
     fail(LE_ERROR_VALUE, "%s: w: expected codes and scales, got NULL", op);
+  for (const float *scales : {w_.absmax, w_.nested_absmax, w_.nested_map})
+    if (reinterpret_cast<uintptr_t>(scales) % alignof(float))
+      fail(LE_ERROR_VALUE, "%s: w: expected scales at addresses that 4 divides, got %p", op,
+           static_cast<const void *>(scales));
   if (nested && w_.nested_blocksize < 1)
     fail(LE_ERROR_VALUE, "%s: w: nested_blocksize: expected 1 or more, got %d", op,
          w_.nested_blocksize);
@@ -123,11 +128,13 @@ void nf4_encode(Context &context, const le_array *W, int32_t blocksize, uint8_t 
       }
     });
   };
-  std::atomic<int64_t> bad{-1};
+  std::atomic<int64_t> bad{total};  // the first block with one
   each_block([&](int64_t first, int64_t, const float *, float largest) {
-    if (!(largest >= 0)) bad.store(first, std::memory_order_relaxed);
+    int64_t least = bad.load();
+    while (!(largest >= 0) && first < least && !bad.compare_exchange_weak(least, first)) {
+    }
   });
-  if (bad >= 0)
+  if (bad < total)
     fail(LE_ERROR_VALUE, "%s: W: expected finite numbers, got NaN or Inf from row %lld on", op,
          static_cast<long long>(bad / from.width));
   each_block([&](int64_t first, int64_t count, const float *x, float largest) {

@@ -46,7 +46,8 @@ void few_rows(const Product &p, int64_t column, int64_t count, float *y) {
   int64_t chunks = w.cols() / kNf4Chunk, lanes = p.k->nf4.lanes;
   for (int64_t i = 0; i < p.n; i += kLaneRows) {
     int64_t m = std::min(kLaneRows, p.n - i);
-    // One row of x is worth no second visit to a row of weights: those then stream.
+    // One row of x is worth no second visit to a row of weights: those then stream. A
+    // span is an even number of chunks, since bfloat16 lanes take two at a time.
     int64_t part_of_x = std::max<int64_t>(kSpanBytes / m / p.compute->lane_bytes / 2 * 2, 2);
     int64_t span = m == 1 ? chunks : part_of_x;
     float *acc = b.acc.get_aligned(count * m * lanes);
@@ -104,42 +105,59 @@ void many_rows(const Product &p, int64_t column, int64_t count, float *y) {
 int32_t chosen_compute(const char *op, int32_t compute, int32_t x) {
   if (compute == -1) return x == LE_BFLOAT16 ? LE_BFLOAT16 : LE_FLOAT32;
   if (compute != LE_FLOAT32 && compute != LE_BFLOAT16)
-    fail(LE_ERROR_VALUE, "%s: compute: expected float32 or bfloat16, got %s", op,
-         dtype_name(compute));
+    fail(LE_ERROR_VALUE, "%s: compute: expected float32 or bfloat16, got %s (%d)", op,
+         dtype_name(compute), compute);
   return compute;
 }
 
-// The rows of x, rounded to what is computed in: as they are where they lie so.
+// The rows of x, rounded to what is computed in: as they are where they lie so, else
+// in one of these.
 struct Inputs {
   Scratch<float> wide, lanes;
   Scratch<Bf16> narrow;
+  void trim() {
+    wide.trim();
+    lanes.trim();
+    narrow.trim();
+  }
 };
-void read_inputs(const Rows &x, int32_t compute, bool few, Product *p, Context &context) {
+Inputs &inputs() {
   static thread_local Inputs memory;
+  return memory;
+}
+
+void read_inputs(const Rows &x, int32_t compute, bool few, Product *p, Context &context) {
   const Kernels &k = *p->k;
   bool rounds = compute == LE_BFLOAT16 && x.dtype != LE_BFLOAT16;
+  bool to_bfloat = !few && p->compute->dtype == LE_BFLOAT16;
   int64_t width = x.width, chunks = width / kNf4Chunk;
   if (!few && !rounds && x.dtype == p->compute->dtype && x.contiguous_rows()) {
     p->x = x.data;
     p->x_stride = x.row_stride * dtype_size(x.dtype);
     return;
   }
-  int64_t lane_floats = (chunks + 1) / 2 * 2 * p->compute->lane_bytes / 4;
-  float *wide = memory.wide.get(x.n * width);
-  Bf16 *narrow = memory.narrow.get(x.n * width);
-  float *lanes = few ? memory.lanes.get_aligned(x.n * lane_floats) : nullptr;
-  bool to_bfloat = !few && p->compute->dtype == LE_BFLOAT16;
+  p->x_stride = few         ? (chunks + 1) / 2 * 2 * p->compute->lane_bytes
+                : to_bfloat ? 2 * width
+                            : 4 * width;
+  Inputs &memory = inputs();
+  char *to = few         ? reinterpret_cast<char *>(memory.lanes.get_aligned(x.n * p->x_stride / 4))
+             : to_bfloat ? reinterpret_cast<char *>(memory.narrow.get(x.n * width))
+                         : reinterpret_cast<char *>(memory.wide.get(x.n * width));
+  p->x = to;
   context.threads.run(x.n, context.threads_for(8 * x.n * width), [&](int64_t i) {
-    float *row = wide + i * width;
-    load_row(k, x, i, 0, width, row);
-    if (rounds || to_bfloat) k.round[LE_BFLOAT16](row, width, narrow + i * width);
-    if (rounds && !to_bfloat) k.widen[LE_BFLOAT16](narrow + i * width, width, row);
-    if (few) p->compute->to_lanes(row, chunks, lanes + i * lane_floats);
+    static thread_local Scratch<float> wide_row;
+    static thread_local Scratch<Bf16> narrow_row;
+    char *row = to + i * p->x_stride;
+    float *wide = few || to_bfloat ? wide_row.get(width) : reinterpret_cast<float *>(row);
+    load_row(k, x, i, 0, width, wide);
+    if (to_bfloat) return k.round[LE_BFLOAT16](wide, width, row);
+    if (rounds) {
+      Bf16 *narrow = narrow_row.get(width);
+      k.round[LE_BFLOAT16](wide, width, narrow);
+      k.widen[LE_BFLOAT16](narrow, width, wide);
+    }
+    if (few) p->compute->to_lanes(wide, chunks, row);
   });
-  p->x = few         ? reinterpret_cast<const char *>(lanes)
-         : to_bfloat ? reinterpret_cast<const char *>(narrow)
-                     : reinterpret_cast<const char *>(wide);
-  p->x_stride = few ? 4 * lane_floats : (to_bfloat ? 2 : 4) * width;
 }
 
 const float *read_bias(const char *op, const Kernels &k, const le_array *bias, int64_t rows,
@@ -167,6 +185,8 @@ void nf4_linear(Context &context, const Nf4Linear &call) {
   Product p{&k, &k.nf4.compute[compute], &w, shape.x.n, nullptr, 0, nullptr};
   p.bias = read_bias(op, k, call.bias, rows, shape.y);
   std::optional<BatchedDelta> delta;
+  if (!call.pool && (present(call.ids) || present(call.weights)))
+    fail(LE_ERROR_VALUE, "%s: pool: expected one where ids or weights are given, got NULL", op);
   if (call.pool) {
     if (call.pool->in_features() != w.cols() || call.pool->out_features() != rows)
       fail(LE_ERROR_VALUE, "%s: pool: expected one of [in, out] = [%lld, %lld], got [%lld, %lld]",
@@ -215,7 +235,8 @@ void nf4_linear_backward(Context &context, const le_array *grad, const le_nf4 *w
   if (n == 0) return;
   static thread_local Scratch<float> grad_memory;
   float *up = grad_memory.get(n * rows);
-  for (int64_t i = 0; i < n; ++i) load_row(k, shape.x, i, 0, rows, up + i * rows);
+  context.threads.run(n, context.threads_for(8 * n * rows),
+                      [&](int64_t i) { load_row(k, shape.x, i, 0, rows, up + i * rows); });
   int threads = context.threads_for(matrix.packed_bytes() * std::max<int64_t>(n / 8, 1));
   context.threads.run((cols + kSpan - 1) / kSpan, threads, [&](int64_t task) {
     Nf4Buffers &b = nf4_buffers();
@@ -236,6 +257,7 @@ void nf4_linear_backward(Context &context, const le_array *grad, const le_nf4 *w
     for (int64_t i = 0; i < n; ++i)
       store_row(k, shape.y, i, column, count, sums + i * count, false);
   });
+  grad_memory.trim();
 }
 
 }  // namespace le

@@ -167,23 +167,31 @@ def nf4_linear(
 
     x [..., in] float32, bfloat16 or float16: its n rows are those of all leading
     dimensions; w [out, in], decoded on the way and never whole (QLoRA: Dettmers et
-    al. 2023, eq. 5); bias [out] of x's dtype; ids [n] or [n, k] and weights as in
-    ``batched_lora_delta``, for a pool of w's sizes. compute: "float32" or "bfloat16",
-    what x and the codes are rounded to before they are multiplied (sums are float32);
-    None: x's dtype, float32 for float16. Returns [..., out], or ``out``. A row of -1
-    has the bits it has without a pool.
+    al. 2023, eq. 5); bias [out], any of these dtypes; ids [n] or [n, k] and weights as in
+    ``batched_lora_delta``, for a pool of w's sizes. compute: "float32", or "bfloat16":
+    x is rounded to it, and the codes or the decoded weights may be, whichever is faster
+    for so many rows on this CPU (sums are float32); None: x's dtype, float32 for float16.
+    Returns [..., out], or ``out``, overwritten. A row of -1 has the bits it has without
+    a pool.
 
     A torch x or bias that requires grad is differentiated through (``out`` is then not
     taken), from the packed weights; the backward pass adds the adapters' gradients to
-    what ``pool.gradient`` gives and ``pool.apply_updates`` applies.
+    what ``pool.gradient`` gives and ``pool.apply_updates`` applies. Where neither does,
+    nothing is recorded and no adapter learns: call ``x.requires_grad_()`` for a layer
+    whose input is data. Raises ValueError, TypeError, IndexError (slot).
     """
     _packed("nf4_linear", w)
     if (pool is None) != (ids is None) or (ids is None and weights is not None):
         raise ValueError("nf4_linear: pool, ids: expected both, or neither and no weights")
+    if pool is not None and not hasattr(pool, "_storage"):
+        raise TypeError(f"nf4_linear: pool: expected an AdapterPool, got {type(pool).__name__}")
+    if not isinstance(compute, (str, type(None))):
+        raise TypeError(f"nf4_linear: compute: expected a name or None, got {compute!r}")
     if getattr(x, "ndim", 0) > 2:
+        shape = (*x.shape[:-1], w.shape[0])
         rows = x.reshape(-1, x.shape[-1])
-        y = nf4_linear(rows, w, bias, pool, ids, weights, _rows_of(out, w.shape[0]), compute)
-        return y.reshape(*x.shape[:-1], w.shape[0]) if out is None else out
+        y = nf4_linear(rows, w, bias, pool, ids, weights, _rows_of(out, shape), compute)
+        return y.reshape(shape) if out is None else out
     if getattr(x, "requires_grad", False) or getattr(bias, "requires_grad", False):
         from lora_engine import torch_ops
 
@@ -194,20 +202,23 @@ def nf4_linear(
     return chosen().nf4_linear(x, w._storage, bias, storage, ids, weights, out, compute)
 
 
-def _rows_of(out: Any, width: int) -> Any:
-    """An output [..., width] as the rows of its leading dimensions, in the same memory."""
+def _rows_of(out: Any, shape: tuple[int, ...]) -> Any:
+    """An output of this shape as the rows of its leading dimensions, in the same memory."""
     if out is None:
         return None
+    got = tuple(np.shape(out))
+    if got != shape:
+        raise ValueError(f"nf4_linear: out: expected shape {list(shape)}, got {list(got)}")
     try:
         if hasattr(out, "detach"):
-            return out.view(-1, width)
+            return out.view(-1, shape[-1])
         rows = out.view()
-        rows.shape = (-1, width)
+        rows.shape = (-1, shape[-1])
         return rows
     except (AttributeError, RuntimeError, ValueError):
         raise ValueError(
-            f"nf4_linear: out: expected shape [..., {width}] whose leading dimensions are one"
-            f" in memory, got {tuple(np.shape(out))}"
+            "nf4_linear: out: expected leading dimensions that are one in memory, got strides"
+            f" {out.stride() if hasattr(out, 'stride') else out.strides}"
         ) from None
 
 

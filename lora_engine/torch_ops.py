@@ -70,7 +70,8 @@ class _Nf4Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         x = x.detach()
         ctx.w, ctx.pool = w, pool
-        ctx.ids, ctx.weights = (None if a is None else np.array(a) for a in (ids, weights))
+        ctx.ids, ctx.weights = _copy(ids), _copy(weights)
+        ctx.bias_shape = None if bias is None else bias.shape
         ctx.save_for_backward(x)
         storage = None if pool is None else pool._storage
         ctx.versions = {} if pool is None else _versions(pool, ctx.ids)
@@ -85,24 +86,35 @@ class _Nf4Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         pool = ctx.pool
-        for slot, version in ctx.versions.items():
-            if pool.version(slot) != version:
-                raise RuntimeError(
-                    "nf4_linear: backward: expected the weights of the forward pass,"
-                    f" got weights of slot {slot} that were changed since"
-                )
+        if pool is not None and _versions(pool, ctx.ids) != ctx.versions:
+            raise RuntimeError(
+                "nf4_linear: backward: expected the adapters of the forward pass,"
+                " got adapters that were changed since"
+            )
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             dx = chosen().nf4_linear_backward(grad, ctx.w._storage, None)
             if pool is not None:
                 pool._storage.forward(grad, ctx.ids, ctx.weights, dx, True, True)
         if ctx.needs_input_grad[1]:
-            dbias = grad.sum(0)
-        for slot in ctx.versions:
+            dbias = grad.sum(0).reshape(ctx.bias_shape)
+        for slot, version in ctx.versions.items():
             rows, scale = _rows_of(slot, ctx.ids, ctx.weights)
             up = grad[rows] if scale is None else (grad[rows] * scale[:, None]).to(grad.dtype)
-            pool.accumulate_gradient(slot, x[rows], up)
+            pool.accumulate_gradient(slot, x[rows], up, version)
         return dx, dbias, None, None, None, None, None
+
+
+def _copy(array: Any) -> np.ndarray | None:
+    """As a NumPy array of its own, so that a caller may reuse the one it gave."""
+    return None if array is None else np.array(array.numpy() if hasattr(array, "numpy") else array)
+
+
+def _tensor(array: Any) -> Any:
+    """A NumPy array as a tensor; whatever else as it is."""
+    if not isinstance(array, np.ndarray):
+        return array
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _versions(pool: Any, ids: Any) -> dict[int, int]:
@@ -153,6 +165,7 @@ def nf4_linear(
             "nf4_linear: weights: expected a tensor outside autograd, got one that requires"
             " grad: gradients are those of x, bias and the adapters"
         )
+    x, bias = _tensor(x), _tensor(bias)
     rows = x.unsqueeze(0) if x.ndim == 1 else x
     y: torch.Tensor = _Nf4Linear.apply(rows, bias, w, pool, ids, weights, compute)  # type: ignore[no-untyped-call]
     return y.squeeze(0) if x.ndim == 1 else y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,9 @@ class AdapterPool:
             seed,
         )
         self._pending: dict[int, PendingGradient] = {}
+        # Of _pending, and held while a slot changes hands: a gradient that waits is
+        # applied to the adapter that it is of, or to none.
+        self._pending_lock = threading.Lock()
 
     def __len__(self) -> int:
         """Adapters in the pool."""
@@ -100,8 +104,12 @@ class AdapterPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the pool has allocated, bookkeeping included."""
-        return int(self._storage.info()[2])
+        """Bytes the pool has allocated: weights, bookkeeping, gradients that wait."""
+        with self._pending_lock:
+            waiting = sum(
+                w.gradient.nbytes for w in self._pending.values() if w.gradient is not None
+            )
+        return int(self._storage.info()[2]) + waiting
 
     def _slices_of(self, matrix: Any) -> list[Any]:
         return list(matrix) if self._sliced else [matrix]
@@ -119,8 +127,9 @@ class AdapterPool:
     def set(self, slot: int, A: Any, B: Any, scaling: float) -> None:
         """Replaces a slot's adapter, of any rank, in one step for those who read it."""
         s = _number("set", scaling)
-        self._storage.set(slot, self._slices_of(A), self._slices_of(B), s)
-        self._pending.pop(slot, None)
+        with self._pending_lock:
+            self._storage.set(slot, self._slices_of(A), self._slices_of(B), s)
+            self._pending.pop(slot, None)
 
     def get(self, slot: int) -> tuple[Any, Any, float]:
         """Copies of (A, B, scaling), as NumPy float32; lists of A and B with several slices."""
@@ -129,8 +138,9 @@ class AdapterPool:
 
     def remove(self, slot: int) -> None:
         """Zeroes the slot's memory and frees it. Raises IndexError if it is not in use."""
-        self._storage.remove(slot)
-        self._pending.pop(slot, None)
+        with self._pending_lock:
+            self._storage.remove(slot)
+            self._pending.pop(slot, None)
 
     def ranks(self, slot: int) -> tuple[int, ...]:
         """The rank of each slice, 0 for a missing one."""
@@ -142,7 +152,9 @@ class AdapterPool:
 
     def rollback(self, slot: int) -> None:
         """Brings back the weights before the last change, once (needs history=1)."""
-        self._storage.rollback(slot)
+        with self._pending_lock:
+            self._storage.rollback(slot)
+            self._pending.pop(slot, None)
 
     def forward(
         self, x: Any, ids: Any, weights: Any = None, out: Any = None, accumulate: bool = True
@@ -173,27 +185,36 @@ class AdapterPool:
 
     # ---- gradients from a backward pass (nf4_linear on torch tensors) ----
 
-    def accumulate_gradient(self, slot: int, x: Any, grad: Any) -> None:
+    def accumulate_gradient(self, slot: int, x: Any, grad: Any, version: int | None = None) -> None:
         """Adds the gradient of one slot, summed over rows, to what ``apply_updates`` applies.
 
         x [n, in], grad = dL/dy [n, out] of x's dtype. A gradient with NaN or Inf
-        is left out, and ``apply_updates`` says so.
+        is left out, and ``apply_updates`` says so. version: that of the forward pass;
+        RuntimeError where the slot was changed since. Raises IndexError (slot).
         """
-        waiting = self._pending.get(slot)
-        if waiting is None:
-            waiting = self._pending.setdefault(slot, PendingGradient(self._storage, slot))
-        waiting.accumulate(x, grad)
+        with self._pending_lock:
+            now = self.version(slot)
+            if version not in (None, now):
+                raise RuntimeError(
+                    f"AdapterPool.accumulate_gradient: slot: expected the weights of version"
+                    f" {version}, got version {now} of slot {slot}"
+                )
+            waiting = self._pending.get(slot)
+            if waiting is None:
+                waiting = self._pending[slot] = PendingGradient(self._storage, slot)
+            waiting.accumulate(x, grad)
 
     def gradient(self, slot: int) -> tuple[Any, Any] | None:
         """Copies of (dL/dA, dL/dB) as accumulated so far, summed over rows; None if none was.
 
         NumPy float32, shaped as ``get`` gives A and B.
         """
-        ranks = self.ranks(slot)
-        waiting = self._pending.get(slot)
-        if waiting is None or waiting.gradient is None or not waiting.samples:
-            return None
-        flat, at = waiting.gradient.copy(), 0
+        with self._pending_lock:
+            ranks = self.ranks(slot)
+            waiting = self._pending.get(slot)
+            if waiting is None or waiting.gradient is None or not waiting.samples:
+                return None
+            flat, at = waiting.gradient.copy(), 0
         gA: list[Any] = []
         gB: list[Any] = []
         for rank, out in zip(ranks, self.slices, strict=True):
@@ -221,15 +242,16 @@ class AdapterPool:
         """
         step = ops.make_step(lr, max_norm, lr_ratio, train_A, weight_decay, ewc)
         notes = {}
-        for slot, waiting in sorted(self._pending.items()):
-            refused = waiting.refused
-            outcome, _ = waiting.apply(step)
-            if outcome != ops.NO_ADAPTER or refused:
+        with self._pending_lock:
+            for slot, waiting in sorted(self._pending.items()):
+                refused = waiting.refused
+                outcome, _ = waiting.apply(step)
                 left_out = f"{refused} gradients with NaN or Inf were left out" if refused else ""
                 notes[slot] = ops.NOTES[outcome] if outcome == ops.NOT_FINITE else left_out
+            self._pending.clear()
         return notes
 
     def clear_updates(self) -> None:
         """Drops the gradients that wait."""
-        for waiting in self._pending.values():
-            waiting.clear()
+        with self._pending_lock:
+            self._pending.clear()

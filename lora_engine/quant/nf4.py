@@ -169,6 +169,10 @@ class NF4Tensor:
 
     # ---- what it is ----
 
+    def __deepcopy__(self, memo: Any) -> NF4Tensor:
+        """Itself: it never changes."""
+        return self
+
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, cols): out_features, in_features of a linear layer."""
