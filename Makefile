@@ -13,7 +13,7 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint bench full lanes format clean
+.PHONY: demo test lint bench full lanes emulate format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora-engine demo
@@ -46,6 +46,16 @@ lanes: $(VENV)/.test
 		LORA_ENGINE_ISA=$$isa $(LANES)/bin/python -m pytest -q test_lora_delta.py \
 			test_batched_lora_delta.py test_batched_adapt.py test_ewc.py test_float16.py \
 			test_fisher.py test_nf4_linear.py test_nf4_autograd.py test_nf4_tensor.py || exit; \
+	done
+
+# Every op on the avx512 kernels' own instructions, in an emulator: Debian 12, as root.
+EMULATOR := build/emulator
+emulate: $(VENV)/bin/python
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(EMULATOR)/wheel . \
+		-C cmake.define.LORA_ENGINE_CHECK=ON -C cmake.define.LORA_ENGINE_PYTHON=OFF \
+		-C build-dir=$(EMULATOR)/build
+	for isa in avx512 avx512_bf16; do \
+		tests/emulator/run.sh $(EMULATOR)/build/check LORA_ENGINE_ISA=$$isa || exit; \
 	done
 
 format: $(VENV)/.test
