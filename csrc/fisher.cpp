@@ -21,7 +21,7 @@ constexpr int64_t kMergeStep = 4096;      // elements of one task
 // The sums of one call: for each rank the sum over in, then for each over out.
 struct Sums {
   const Kernels &k;
-  Rows x, grad;
+  Rows x{}, grad{};
   bool weighted = false;                    // else all weights are 1
   const float *a = nullptr, *bt = nullptr;  // [rank, in], [rank, out]
   int64_t rank = 1;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -195,6 +197,70 @@ def test_what_waits_goes_with_the_adapter():
         filled.pool.gradient(1)
     assert filled.pool.add(A, B, s) == 1
     assert filled.pool.gradient(1) is None
+    with pytest.raises(IndexError):
+        filled.pool.accumulate_gradient(99, x.detach(), up)
+    assert filled.pool._pending == {}
+
+
+def test_a_rollback_drops_what_waits():
+    rng = np.random.default_rng(0)
+    pool = le.AdapterPool(96, 40, history=1)
+    slot = pool.add(*(rng.standard_normal(s).astype("f4") for s in ((4, 96), (40, 4))), 1.0)
+    pool.set(slot, *(rng.standard_normal(s).astype("f4") for s in ((2, 96), (40, 2))), 1.0)
+    x, up = (rng.standard_normal((3, n)).astype("f4") for n in (96, 40))
+    pool.accumulate_gradient(slot, x, up)
+    pool.rollback(slot)
+    assert pool.gradient(slot) is None
+    assert pool.apply_updates(lr=0.1) == {}
+    pool.accumulate_gradient(slot, x, up)
+    assert pool.gradient(slot)[0].shape == (4, 96)
+    size = pool.nbytes
+    pool.clear_updates()
+    assert pool.nbytes == size - 4 * 4 * (96 + 40)
+    assert pool.gradient(slot) is None
+
+
+def test_a_gradient_never_reaches_the_next_owner_of_a_slot():
+    """apply_updates beside remove and add: the new adapters stay as they were added."""
+    rng = np.random.default_rng(1)
+    A, B = rng.standard_normal((2, 8)).astype("f4"), np.zeros((8, 2), "f4")
+    x, up = (rng.standard_normal((1, 8)).astype("f4") for _ in range(2))
+    for _ in range(5):
+        pool = le.AdapterPool(8, 8)
+        slots = [pool.add(A, B, 1.0) for _ in range(2000)]
+        for slot in slots:
+            pool.accumulate_gradient(slot, x, up)
+        learner = threading.Thread(target=lambda pool=pool: pool.apply_updates(lr=1.0))
+        learner.start()
+        for slot in reversed(slots):
+            pool.remove(slot)
+        fresh = [pool.add(np.zeros((1, 8), "f4"), np.zeros((8, 1), "f4"), 1.0) for _ in slots]
+        learner.join()
+        assert not any(pool.get(slot)[1].any() for slot in fresh)
+
+
+def test_arrays_of_either_kind_under_autograd():
+    _, w, x, bias, _, _, up = setting()
+    le.nf4_linear(x, w, bias.detach().numpy()).backward(up)
+    want = x.grad.clone()
+    x.grad = None
+    le.nf4_linear(x, w).backward(up)
+    assert bits(x.grad) == bits(want)
+    one = bias.detach()[None].requires_grad_()
+    le.nf4_linear(x.detach().numpy(), w, one).backward(up)
+    assert one.grad.shape == (1, 40)
+    close(one.grad[0], up.sum(0), np.abs(f64(up)).sum(0))
+
+
+def test_ids_as_tensors():
+    filled, w, x, bias, ids, weights, up = setting(k=2)
+    y = le.nf4_linear(x, w, bias, filled.pool, torch.from_numpy(ids), torch.from_numpy(weights))
+    y.backward(up)
+    got = filled.pool.gradient(1)
+    filled.pool.clear_updates()
+    le.nf4_linear(x, w, bias, filled.pool, ids, weights).backward(up)
+    for a, b in zip(got, filled.pool.gradient(1), strict=True):
+        assert bits(a) == bits(b)
 
 
 def test_ids_may_be_reused_before_the_backward_pass():
@@ -211,8 +277,13 @@ def test_weights_changed_since_the_forward_pass_are_refused():
     filled, w, x, bias, ids, _, up = setting()
     y = le.nf4_linear(x, w, bias, filled.pool, ids)
     filled.pool.adapt(x.detach(), up, ids, lr=0.1)
-    with pytest.raises(RuntimeError, match="nf4_linear: backward: expected the weights"):
+    with pytest.raises(RuntimeError, match="nf4_linear: backward: expected the adapters"):
         y.backward(up)
+    y = le.nf4_linear(x, w, bias, filled.pool, ids)
+    filled.pool.remove(1)
+    with pytest.raises(RuntimeError, match="nf4_linear: backward: expected the adapters"):
+        y.backward(up)
+    assert filled.pool.gradient(0) is None
 
 
 def test_what_cannot_be_differentiated_is_refused():

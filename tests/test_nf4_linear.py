@@ -188,8 +188,13 @@ def test_any_leading_dimensions_and_a_vector():
     assert bits(y) == bits(flat.reshape(2, 3, 5, 33))
     assert le.nf4_linear(x[0, 0, 0], w).shape == (33,)
     assert le.nf4_linear(np.empty((2, 0, 96), "f4"), w).shape == (2, 0, 33)
-    with pytest.raises(ValueError, match=r"nf4_linear: out: expected shape \[..., 33\]"):
-        le.nf4_linear(x, w, out=np.empty((5, 3, 2, 33), "f4").T.transpose(3, 2, 1, 0)[::2])
+    for shape in ((3, 2, 5, 33), (30, 33), (2, 3, 5, 34), (990,)):
+        wrong = np.full(shape, 5.0, "f4")
+        with pytest.raises(ValueError, match=r"nf4_linear: out: expected shape \[2, 3, 5, 33\]"):
+            le.nf4_linear(x, w, out=wrong)
+        assert (wrong == 5.0).all()
+    with pytest.raises(ValueError, match="out: expected leading dimensions that are one in memory"):
+        le.nf4_linear(x, w, out=np.empty((2, 6, 5, 33), "f4")[:, ::2])
 
 
 def test_nan_stays_in_its_row():
@@ -340,3 +345,16 @@ def test_the_matrix_is_never_decoded_whole():
     ran = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) < 32 * 1024  # KiB
+
+
+@pytest.mark.parametrize("features", [2048, 4096, 4160, 11008])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 16])
+def test_rows_longer_than_what_stays_in_the_cache(n, features):
+    rng = np.random.default_rng(n * features)
+    for blocksize, double_quant in ((64, False), (32, False), (128, True)):
+        w = matrix(rng, 5, features, blocksize, double_quant)
+        x = to_dtype(rng.standard_normal((n, features)), "float32")
+        for compute in COMPUTES[1:]:
+            y = poisoned(x, n, 5)
+            le.nf4_linear(x, w, out=y, compute=compute)
+            assert_linear(y, x, w, "float32", compute)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -274,3 +276,17 @@ def test_wrong_arguments_are_named(what):
     call, error, names = BAD[what]
     with pytest.raises(error, match=names):
         call()
+
+
+def test_double_quantisation_is_decoded_in_two_roundings():
+    """Over many blocks of very different magnitudes, against a decoder of its own."""
+    rng = np.random.default_rng(9)
+    W = rng.standard_normal((96, 4096)) * np.exp(rng.standard_normal((96, 1)) * 3)
+    for blocksize in (32, 64, 256):
+        w = le.nf4_quantize(W.astype("f4"), blocksize, double_quant=True)
+        assert bits(w.to_float()) == bits(decode(w.to_bitsandbytes(NAME)))
+
+
+def test_a_copy_of_a_model_shares_the_matrix():
+    w = le.nf4_quantize(np.ones((4, 64), "f4"))
+    assert copy.deepcopy({"layer": w})["layer"] is w

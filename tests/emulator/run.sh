@@ -55,10 +55,13 @@ build_init() {
 # they are. Of the source package only the upstream tar is needed, and apt checks its
 # hash, so that a mirror that fails at the other files does no harm.
 fetch_bochs() { # FOLDER
+  local mirror # the machine's own, of what is no security update
+  mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' |
+    grep -v security | head -n 1)
   mkdir -p "$1/sources" "$1/lists/partial"
-  cat >"$1/sources/trixie.sources" <<'END'
+  cat >"$1/sources/trixie.sources" <<END
 Types: deb-src
-URIs: http://deb.debian.org/debian
+URIs: $mirror
 Suites: trixie
 Components: main
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
