@@ -5,6 +5,8 @@ The engine needs NumPy and safetensors; torch is taken where it is there.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from lora_engine.adapters.config import MicroLoRAConfig
 from lora_engine.adapters.micro_lora import AdaptResult, MicroLoRA
 from lora_engine.adapters.pool import AdapterPool
@@ -27,7 +29,9 @@ from lora_engine.ops import (
     nf4_quantize,
     set_num_threads,
 )
-from lora_engine.quant.nf4 import NF4Tensor
+
+if TYPE_CHECKING:
+    from lora_engine.quant.nf4 import NF4Tensor
 
 __version__ = "0.1.0"
 
@@ -55,3 +59,12 @@ __all__ = [
     "nf4_quantize",
     "set_num_threads",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """NF4Tensor, imported at first use: with its file formats it takes as long as the rest."""
+    if name == "NF4Tensor":
+        from lora_engine.quant.nf4 import NF4Tensor
+
+        return NF4Tensor
+    raise AttributeError(f"module 'lora_engine' has no attribute {name!r}")

@@ -8,6 +8,7 @@ a result has the dtype of x. Errors name op, argument, expected and got: ValueEr
 
 from __future__ import annotations
 
+from functools import cache
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,11 +17,11 @@ from numpy.typing import NDArray
 
 from lora_engine import _C
 from lora_engine.backends import chosen
-from lora_engine.quant.nf4 import NF4Tensor
 
 if TYPE_CHECKING:
     from lora_engine.adapters.pool import AdapterPool
     from lora_engine.learning.ewc import EWC
+    from lora_engine.quant.nf4 import NF4Tensor
 
 NO_ADAPTER, APPLIED, NOT_FINITE = 0, 1, 2  # le_outcome of lora_engine.h
 NOTES = {
@@ -142,7 +143,8 @@ def nf4_quantize(W: Any, blocksize: int = 64, double_quant: bool = False) -> NF4
     4096; double_quant: the magnitudes in 8 bits (section 3). Raises TypeError
     (dtype), ValueError (shape, blocksize, NaN or Inf in W).
     """
-    return NF4Tensor.from_float(W, blocksize, double_quant)
+    made: NF4Tensor = _nf4_tensor().from_float(W, blocksize, double_quant)
+    return made
 
 
 def nf4_dequantize(w: NF4Tensor, out: Any = None) -> Any:
@@ -222,10 +224,19 @@ def _rows_of(out: Any, shape: tuple[int, ...]) -> Any:
         ) from None
 
 
+@cache
+def _nf4_tensor() -> Any:
+    """The class, imported at first use."""
+    from lora_engine.quant.nf4 import NF4Tensor
+
+    return NF4Tensor
+
+
 def _packed(op: str, w: Any) -> NF4Tensor:
-    if not isinstance(w, NF4Tensor):
+    if not isinstance(w, _nf4_tensor()):
         raise TypeError(f"{op}: w: expected an NF4Tensor, got {type(w).__name__}")
-    return w
+    packed: NF4Tensor = w
+    return packed
 
 
 def ewc_step(
