@@ -55,6 +55,15 @@ Nf4Matrix::Nf4Matrix(const char *op, const le_nf4 *w) : w_(w ? *w : le_nf4{}) {
   std::memcpy(tail_, chunk(whole_chunks_), static_cast<size_t>(rest));
 }
 
+const uint8_t *Nf4Matrix::chunks(int64_t first, int64_t count, Scratch<uint8_t> &memory) const {
+  if (first + count <= whole_chunks_) return chunk(first);
+  uint8_t *to = memory.get(count * kNf4ChunkBytes);
+  int64_t whole = std::max<int64_t>(whole_chunks_ - first, 0) * kNf4ChunkBytes;
+  std::memcpy(to, chunk(first), static_cast<size_t>(whole));
+  std::memcpy(to + whole, tail_, sizeof tail_);
+  return to;
+}
+
 // absmax of blocks [first, first + count), zeros beyond the last block.
 void Nf4Matrix::absmax(int64_t first, int64_t count, float *to) const {
   int64_t there = std::min(count, blocks_ - first);

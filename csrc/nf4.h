@@ -1,6 +1,8 @@
 // A matrix in NF4, checked, and the two ends of the format: encode and decode.
 #pragma once
 
+#include <numeric>
+
 #include "arrays.h"
 #include "context.h"
 
@@ -15,9 +17,21 @@ class Nf4Matrix {
   int64_t cols() const { return w_.cols; }
   int64_t elements() const { return w_.rows * w_.cols; }
   int64_t packed_bytes() const { return (elements() + 1) / 2; }
-  // Rows begin where chunks do: then a row is a run of whole chunks.
-  bool whole_rows() const { return w_.cols % kNf4Chunk == 0; }
-  const uint8_t *chunk(int64_t c) const { return w_.packed + c * kNf4ChunkBytes; }
+  // A row lies in whole chunks, from `offset` elements into the first of them.
+  struct Run {
+    int64_t first, count, offset;
+  };
+  Run run(int64_t row) const {
+    int64_t at = row * w_.cols, end = at + w_.cols;
+    return {at / kNf4Chunk, (end + kNf4Chunk - 1) / kNf4Chunk - at / kNf4Chunk, at % kNf4Chunk};
+  }
+  // All offsets are multiples of this, and no row lies in more chunks than that.
+  int64_t offset_step() const { return std::gcd(w_.cols, kNf4Chunk); }
+  int64_t longest_run() const {
+    return (w_.cols + kNf4Chunk - offset_step() + kNf4Chunk - 1) / kNf4Chunk;
+  }
+  // `count` chunks: in place, or in `memory` where the last of them lacks bytes.
+  const uint8_t *chunks(int64_t first, int64_t count, Scratch<uint8_t> &memory) const;
 
   // The scales of chunks [first, first + count), read in place where they lie so.
   Nf4Scales scales(int64_t first, int64_t count, Scratch<float> &memory) const;
@@ -46,6 +60,7 @@ class Nf4Matrix {
   void check_apart(const char *op, const char *arg, const Rows &out) const;
 
  private:
+  const uint8_t *chunk(int64_t c) const { return w_.packed + c * kNf4ChunkBytes; }
   void absmax(int64_t first, int64_t count, float *to) const;
 
   const le_nf4 w_;

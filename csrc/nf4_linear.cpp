@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kColumns = 64;            // of y in one task
 constexpr int64_t kTaskFloats = 64 * 1024;  // of y in one task, at most
 constexpr int64_t kFewRows = 16;            // up to here codes stay in registers
+constexpr int64_t kFewOffsets = 4;          // that rows of weights begin at
 constexpr int64_t kLaneRows = 4;            // rows of x that share a decoded register
 constexpr int64_t kSpanBytes = 32 * 1024;   // of several rows of x that stay in the cache meanwhile
 constexpr int64_t kTileSpan = 1024;         // columns of a decoded tile
@@ -19,6 +20,7 @@ constexpr int64_t kBlockRows = 64;          // rows of x that meet a decoded til
 
 struct Nf4Buffers {
   Nf4Matrix::Buffers decode;
+  Scratch<uint8_t> packed;
   Scratch<float> y, acc, tile;
   Scratch<const void *> x_rows;
   Scratch<void *> out_rows;
@@ -34,16 +36,20 @@ struct Product {
   const Nf4Compute *compute;
   const Nf4Matrix *w;
   int64_t n;
-  const char *x;      // rows in `compute`'s dtype, or in its lanes
+  const char *x;      // rows in `compute`'s dtype, or in its lanes, once for each offset
   int64_t x_stride;   // bytes
   const float *bias;  // or null
 };
+
+// How many places within a chunk rows of weights begin at: few rows of x are laid out
+// for each of them.
+int64_t offsets(const Nf4Matrix &w) { return kNf4Chunk / w.offset_step(); }
 
 // Few rows: the codes of a row of weights meet up to four rows of x in registers.
 void few_rows(const Product &p, int64_t column, int64_t count, float *y) {
   Nf4Buffers &b = nf4_buffers();
   const Nf4Matrix &w = *p.w;
-  int64_t chunks = w.cols() / kNf4Chunk, lanes = p.k->nf4.lanes;
+  int64_t chunks = w.longest_run(), lanes = p.k->nf4.lanes;
   for (int64_t i = 0; i < p.n; i += kLaneRows) {
     int64_t m = std::min(kLaneRows, p.n - i);
     // One row of x is worth no second visit to a row of weights: those then stream. A
@@ -52,13 +58,16 @@ void few_rows(const Product &p, int64_t column, int64_t count, float *y) {
     int64_t span = m == 1 ? chunks : part_of_x;
     float *acc = b.acc.get_aligned(count * m * lanes);
     for (int64_t c = 0; c < chunks; c += span) {
-      int64_t part = std::min(span, chunks - c);
-      const void *x[kLaneRows];
-      for (int64_t r = 0; r < m; ++r) x[r] = p.x + (i + r) * p.x_stride + c * p.compute->lane_bytes;
       for (int64_t j = 0; j < count; ++j) {
-        int64_t first = (column + j) * chunks + c;
-        p.compute->row_dots(m, x, w.chunk(first), part, w.scales(first, part, b.decode.scales),
-                            acc + j * m * lanes, c == 0);
+        Nf4Matrix::Run run = w.run(column + j);
+        int64_t first = run.first + c, part = std::min(span, run.count - c);
+        if (part <= 0) continue;
+        const char *at =
+            p.x + run.offset / w.offset_step() * p.x_stride + c * p.compute->lane_bytes;
+        const void *x[kLaneRows];
+        for (int64_t r = 0; r < m; ++r) x[r] = at + (i + r) * offsets(w) * p.x_stride;
+        p.compute->row_dots(m, x, w.chunks(first, part, b.packed), part,
+                            w.scales(first, part, b.decode.scales), acc + j * m * lanes, c == 0);
       }
     }
     float sums[kColumns * kLaneRows];
@@ -126,37 +135,59 @@ Inputs &inputs() {
   return memory;
 }
 
-void read_inputs(const Rows &x, int32_t compute, bool few, Product *p, Context &context) {
+// Few rows: each in lanes, behind zeros, once for each offset of a row of weights.
+void read_lanes(const Rows &x, bool rounds, Product *p, Context &context) {
   const Kernels &k = *p->k;
-  bool rounds = compute == LE_BFLOAT16 && x.dtype != LE_BFLOAT16;
-  bool to_bfloat = !few && p->compute->dtype == LE_BFLOAT16;
-  int64_t width = x.width, chunks = width / kNf4Chunk;
-  if (!few && !rounds && x.dtype == p->compute->dtype && x.contiguous_rows()) {
+  int64_t chunks = p->w->longest_run(), step = p->w->offset_step(), copies = offsets(*p->w);
+  p->x_stride = (chunks + 1) / 2 * 2 * p->compute->lane_bytes;
+  char *to = reinterpret_cast<char *>(inputs().lanes.get_aligned(x.n * copies * p->x_stride / 4));
+  p->x = to;
+  context.threads.run(x.n, context.threads_for(8 * x.n * x.width), [&](int64_t i) {
+    static thread_local Scratch<float> row_memory;
+    static thread_local Scratch<Bf16> narrow_memory;
+    int64_t size = chunks * kNf4Chunk;
+    float *row = row_memory.get(size);
+    for (int64_t copy = 0; copy < copies; ++copy) {
+      float *at = row + copy * step;
+      std::fill(row, at, 0.0f);
+      load_row(k, x, i, 0, x.width, at);
+      std::fill(at + x.width, row + size, 0.0f);
+      if (rounds) {
+        Bf16 *narrow = narrow_memory.get(x.width);
+        k.round[LE_BFLOAT16](at, x.width, narrow);
+        k.widen[LE_BFLOAT16](narrow, x.width, at);
+      }
+      p->compute->to_lanes(row, chunks, to + (i * copies + copy) * p->x_stride);
+    }
+  });
+}
+
+// Many rows: contiguous, in the dtype that tiles are decoded to.
+void read_rows(const Rows &x, bool rounds, Product *p, Context &context) {
+  const Kernels &k = *p->k;
+  bool to_bfloat = p->compute->dtype == LE_BFLOAT16;
+  if (!rounds && x.dtype == p->compute->dtype && x.contiguous_rows()) {
     p->x = x.data;
     p->x_stride = x.row_stride * dtype_size(x.dtype);
     return;
   }
-  p->x_stride = few         ? (chunks + 1) / 2 * 2 * p->compute->lane_bytes
-                : to_bfloat ? 2 * width
-                            : 4 * width;
-  Inputs &memory = inputs();
-  char *to = few         ? reinterpret_cast<char *>(memory.lanes.get_aligned(x.n * p->x_stride / 4))
-             : to_bfloat ? reinterpret_cast<char *>(memory.narrow.get(x.n * width))
-                         : reinterpret_cast<char *>(memory.wide.get(x.n * width));
+  int64_t width = x.width;
+  p->x_stride = dtype_size(p->compute->dtype) * width;
+  char *to = to_bfloat ? reinterpret_cast<char *>(inputs().narrow.get(x.n * width))
+                       : reinterpret_cast<char *>(inputs().wide.get(x.n * width));
   p->x = to;
   context.threads.run(x.n, context.threads_for(8 * x.n * width), [&](int64_t i) {
-    static thread_local Scratch<float> wide_row;
-    static thread_local Scratch<Bf16> narrow_row;
+    static thread_local Scratch<float> wide_memory;
+    static thread_local Scratch<Bf16> narrow_memory;
     char *row = to + i * p->x_stride;
-    float *wide = few || to_bfloat ? wide_row.get(width) : reinterpret_cast<float *>(row);
+    float *wide = to_bfloat ? wide_memory.get(width) : reinterpret_cast<float *>(row);
     load_row(k, x, i, 0, width, wide);
     if (to_bfloat) return k.round[LE_BFLOAT16](wide, width, row);
     if (rounds) {
-      Bf16 *narrow = narrow_row.get(width);
+      Bf16 *narrow = narrow_memory.get(width);
       k.round[LE_BFLOAT16](wide, width, narrow);
       k.widen[LE_BFLOAT16](narrow, width, wide);
     }
-    if (few) p->compute->to_lanes(wide, chunks, row);
   });
 }
 
@@ -197,8 +228,12 @@ void nf4_linear(Context &context, const Nf4Linear &call) {
   }
   if (p.n == 0) return;
   if (delta) delta->shrink(shape);
-  bool few = p.n <= kFewRows && w.whole_rows();
-  read_inputs(shape.x, compute, few, &p, context);
+  bool few = p.n <= kFewRows && offsets(w) <= kFewOffsets;
+  bool rounds = compute == LE_BFLOAT16 && shape.x.dtype != LE_BFLOAT16;
+  if (few)
+    read_lanes(shape.x, rounds, &p, context);
+  else
+    read_rows(shape.x, rounds, &p, context);
 
   int64_t columns =
       std::clamp(kTaskFloats / p.n / kNf4TileRows * kNf4TileRows, kNf4TileRows, kColumns);
