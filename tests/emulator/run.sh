@@ -110,11 +110,11 @@ exec 9>&-
 
 disc=$(mktemp -d)
 trap 'rm -rf "$disc"' EXIT
-mkdir "$disc/root" "$disc/iso"
-install -m 755 "$program" "$disc/root/check"
-install -m 755 "$cache/init" "$disc/root/init"
-printf '%s\0' "$@" >"$disc/root/environment"
-(cd "$disc/root" && find . | cpio -o -H newc --quiet) >"$disc/iso/initrd"
+mkdir "$disc/files" "$disc/iso"
+install -m 755 "$program" "$disc/files/check"
+install -m 755 "$cache/init" "$disc/files/init"
+printf '%s\0' "$@" >"$disc/files/environment"
+(cd "$disc/files" && find . | cpio -o -H newc --quiet) >"$disc/iso/initrd"
 cp "$cache/vmlinuz" /usr/lib/ISOLINUX/isolinux.bin /usr/lib/syslinux/modules/bios/ldlinux.c32 \
   "$disc/iso/"
 cat >"$disc/iso/isolinux.cfg" <<'END'
