@@ -49,7 +49,8 @@ int64_t offsets(const Nf4Matrix &w) { return kNf4Chunk / w.offset_step(); }
 void few_rows(const Product &p, int64_t column, int64_t count, float *y) {
   Nf4Buffers &b = nf4_buffers();
   const Nf4Matrix &w = *p.w;
-  int64_t chunks = w.longest_run(), lanes = p.k->nf4.lanes;
+  int64_t chunks = w.longest_run(), lanes = p.k->nf4.lanes, step = w.offset_step();
+  int64_t row_stride = offsets(w) * p.x_stride;
   for (int64_t i = 0; i < p.n; i += kLaneRows) {
     int64_t m = std::min(kLaneRows, p.n - i);
     // One row of x is worth no second visit to a row of weights: those then stream. A
@@ -62,10 +63,9 @@ void few_rows(const Product &p, int64_t column, int64_t count, float *y) {
         Nf4Matrix::Run run = w.run(column + j);
         int64_t first = run.first + c, part = std::min(span, run.count - c);
         if (part <= 0) continue;
-        const char *at =
-            p.x + run.offset / w.offset_step() * p.x_stride + c * p.compute->lane_bytes;
+        const char *at = p.x + run.offset / step * p.x_stride + c * p.compute->lane_bytes;
         const void *x[kLaneRows];
-        for (int64_t r = 0; r < m; ++r) x[r] = at + (i + r) * offsets(w) * p.x_stride;
+        for (int64_t r = 0; r < m; ++r) x[r] = at + (i + r) * row_stride;
         p.compute->row_dots(m, x, w.chunks(first, part, b.packed), part,
                             w.scales(first, part, b.decode.scales), acc + j * m * lanes, c == 0);
       }
@@ -135,6 +135,13 @@ Inputs &inputs() {
   return memory;
 }
 
+void round_to_bfloat(const Kernels &k, float *row, int64_t n) {
+  static thread_local Scratch<Bf16> memory;
+  Bf16 *narrow = memory.get(n);
+  k.round[LE_BFLOAT16](row, n, narrow);
+  k.widen[LE_BFLOAT16](narrow, n, row);
+}
+
 // Few rows: each in lanes, behind zeros, once for each offset of a row of weights.
 void read_lanes(const Rows &x, bool rounds, Product *p, Context &context) {
   const Kernels &k = *p->k;
@@ -144,7 +151,6 @@ void read_lanes(const Rows &x, bool rounds, Product *p, Context &context) {
   p->x = to;
   context.threads.run(x.n, context.threads_for(8 * x.n * x.width), [&](int64_t i) {
     static thread_local Scratch<float> row_memory;
-    static thread_local Scratch<Bf16> narrow_memory;
     int64_t size = chunks * kNf4Chunk;
     float *row = row_memory.get(size);
     for (int64_t copy = 0; copy < copies; ++copy) {
@@ -152,11 +158,7 @@ void read_lanes(const Rows &x, bool rounds, Product *p, Context &context) {
       std::fill(row, at, 0.0f);
       load_row(k, x, i, 0, x.width, at);
       std::fill(at + x.width, row + size, 0.0f);
-      if (rounds) {
-        Bf16 *narrow = narrow_memory.get(x.width);
-        k.round[LE_BFLOAT16](at, x.width, narrow);
-        k.widen[LE_BFLOAT16](narrow, x.width, at);
-      }
+      if (rounds) round_to_bfloat(k, at, x.width);
       p->compute->to_lanes(row, chunks, to + (i * copies + copy) * p->x_stride);
     }
   });
@@ -178,16 +180,11 @@ void read_rows(const Rows &x, bool rounds, Product *p, Context &context) {
   p->x = to;
   context.threads.run(x.n, context.threads_for(8 * x.n * width), [&](int64_t i) {
     static thread_local Scratch<float> wide_memory;
-    static thread_local Scratch<Bf16> narrow_memory;
     char *row = to + i * p->x_stride;
     float *wide = to_bfloat ? wide_memory.get(width) : reinterpret_cast<float *>(row);
     load_row(k, x, i, 0, width, wide);
     if (to_bfloat) return k.round[LE_BFLOAT16](wide, width, row);
-    if (rounds) {
-      Bf16 *narrow = narrow_memory.get(width);
-      k.round[LE_BFLOAT16](wide, width, narrow);
-      k.widen[LE_BFLOAT16](narrow, width, wide);
-    }
+    if (rounds) round_to_bfloat(k, wide, width);
   });
 }
 

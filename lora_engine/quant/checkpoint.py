@@ -136,8 +136,8 @@ def check_layout(parts: Mapping[str, Raw | Entry], state: State, source: str, na
             )
 
     size, storage = (state.rows * state.cols + 1) // 2, parts[WEIGHT].dtype
-    if size % _STORAGE.get(storage, size + 1):
-        storage = "U8"
+    if storage not in _STORAGE or size % _STORAGE[storage]:
+        storage = "U8"  # what is then expected
     check(WEIGHT, storage, (size // _STORAGE[storage], 1))
     check(ABSMAX, "U8" if nested else "F32", (state.blocks,))
     check(QUANT_MAP, "F32", (16,))
