@@ -8,6 +8,7 @@ A backend is a module with the functions ``lora_delta``, ``ewc_step``, ``nf4_*``
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
@@ -39,8 +40,20 @@ def _cpu_about() -> str:
     return f"C++, {_C.get_num_threads()} threads; using {_C.isa()} of {built}"
 
 
+def _triton_missing() -> str | None:
+    for name in ("torch", "triton"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed (pip install lora-engine[torch])"
+    import torch
+
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "no GPU (on a CPU the kernels run with TRITON_INTERPRET=1, slowly)"
+
+
 _REGISTRY = (
     Backend("cpu", "lora_engine._C", "C++", _cpu_missing),
+    Backend("triton", "lora_engine.backends.triton", "Triton, GPU", _triton_missing),
     Backend("reference", "lora_engine.backends.reference", "float64 NumPy, slow", lambda: None),
 )
 
@@ -74,5 +87,4 @@ def backends() -> dict[str, str]:
         why = entry.missing()
         about = _cpu_about() if entry.name == "cpu" and not why else entry.about
         report[entry.name] = f"unavailable: {why}" if why else about
-    report["triton"] = "unavailable: not part of this version"
     return report

@@ -1,0 +1,170 @@
+"""How kernels are launched: the device, the configuration, the compiled handle.
+
+Arguments of a kernel come in four groups, in this order: pointers (tensors, or None),
+sizes (numbers that change from call to call, each in the kernel's ``do_not_specialize``),
+shape (numbers that Triton specialises on) and constants (``tl.constexpr``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+IN_INTERPRETER = tl.constexpr(INTERPRETED)  # the same, for kernels to read
+
+FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Device(NamedTuple):
+    """What configurations depend on. arch: 80, 90, ... or "gfx942"; shared: bytes a block may use."""
+
+    backend: str
+    arch: int | str
+    processors: int
+    shared: int
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
+
+DEVICES = {
+    "sm_80": Device("cuda", 80, 108, 163 * 1024),
+    "sm_90": Device("cuda", 90, 132, 227 * 1024),
+    "sm_100": Device("cuda", 100, 148, 227 * 1024),
+    "gfx942": Device("hip", "gfx942", 304, 64 * 1024),
+}
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled. fp_fusion: whether a * b + c may become one rounding."""
+
+    num_warps: int = 4
+    num_stages: int = 2
+    fp_fusion: bool = True
+
+
+@cache
+def device_of(index: int | None) -> Device:
+    """The device of that index; the interpreter stands in for an H200.
+
+    Raises RuntimeError for one that the kernels are not made for.
+    """
+    if INTERPRETED:
+        return DEVICES["sm_90"]
+    properties = torch.cuda.get_device_properties(index)
+    count = properties.multi_processor_count
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        known = DEVICES.get(arch)
+        if known is None:
+            raise RuntimeError(f"triton: device: expected gfx942, got {arch}")
+        return known._replace(processors=count)
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        raise RuntimeError(
+            f"triton: device: expected compute capability 8.0 or newer, got {major}.{minor}"
+        )
+    shared = int(getattr(properties, "shared_memory_per_block_optin", 99 * 1024))
+    return Device("cuda", 10 * major + minor, count, shared)
+
+
+_HANDLES: dict[Any, Any] = {}
+
+
+def launch(
+    fn: Any,
+    grid: tuple[int, int, int],
+    pointers: tuple[torch.Tensor | None, ...],
+    sizes: tuple[float, ...],
+    shape: tuple[int, ...],
+    constants: tuple[Any, ...],
+    config: Config,
+) -> None:
+    """Runs a kernel; the compiled one is looked up once a shape, dtype and device.
+
+    Triton's own dispatch goes through every argument on every call. Here the key is what
+    the call's shape fixes, and pointers that are not 16-byte aligned take Triton's way.
+    """
+    if 0 in grid:
+        return
+    arguments = (*pointers, *sizes, *shape, *constants)
+    if INTERPRETED:
+        fn[grid](*arguments)
+        return
+    aligned, dtypes = True, []
+    for p in pointers:
+        if p is None:
+            dtypes.append(None)
+        else:
+            dtypes.append(p.dtype)
+            aligned = aligned and p.data_ptr() % 16 == 0
+    index = pointers[0].device.index  # type: ignore[union-attr]  # the first is always there
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return launch(fn, grid, pointers, sizes, shape, constants, config)
+    key = (fn, index, tuple(dtypes), shape, constants, config)
+    handle = _HANDLES.get(key) if aligned else None
+    if handle is not None:
+        handle[grid](*arguments)
+        return
+    handle = fn[grid](
+        *arguments,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=config.fp_fusion,
+    )
+    if aligned:
+        _HANDLES[key] = handle
+
+
+_SCRATCH: dict[Any, torch.Tensor] = {}
+
+
+def scratch(name: str, like: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """At least ``count`` elements of working memory, kept for the next call on this stream.
+
+    A graph that is being captured gets memory of its own, which lives as long as the graph.
+    """
+    stream = None
+    if like.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return torch.empty(count, dtype=dtype, device=like.device)
+        stream = torch.cuda.current_stream(like.device).cuda_stream
+    key = (name, like.device, stream, dtype)
+    held = _SCRATCH.get(key)
+    if held is None or held.numel() < count:
+        held = _SCRATCH[key] = torch.empty(max(count, 1024), dtype=dtype, device=like.device)
+    return held
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class Variant(NamedTuple):
+    """One thing a launcher can launch, for compiling it without a GPU.
+
+    pointers: element types ("fp32", "bf16", "i32", ...; None for None); sizes: "i32" or
+    "fp32"; shape: values that specialise as the launcher's would; constants, config: as
+    launched; matrix: whether the machine code must hold matrix instructions.
+    """
+
+    name: str
+    fn: Any
+    pointers: tuple[str | None, ...]
+    sizes: tuple[str, ...]
+    shape: tuple[int, ...]
+    constants: tuple[Any, ...]
+    config: Config
+    matrix: bool
+
+
+Variants = Iterator[Variant]

@@ -1,0 +1,80 @@
+"""What several kernels share: products of tiles in a fixed order of summation."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import IN_INTERPRETER, Device
+
+
+def precision(x: torch.dtype, weights: torch.dtype) -> str:
+    """How tiles of these dtypes are multiplied; the sums are float32.
+
+    "native": in the 16-bit dtype of both. "tf32": 16-bit numbers of two kinds, which tf32
+    holds exactly (float32 ones lose 13 bits, within what a 16-bit x promises).
+    "ieee": float32 in full, without matrix instructions on NVIDIA.
+    """
+    if x == torch.float32:
+        return "ieee"
+    return "native" if x == weights else "tf32"
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b: a [M, K], b [K, N], acc [M, N] float32."""
+    if PRECISION == "native":
+        if IN_INTERPRETER:  # its bfloat16 product is wrong
+            return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+        return tl.dot(a, b, acc)
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def project(
+    x_rows, m_rows, stride_xk, p_a, stride_ar, stride_ak, i_rank, m_rank, k_first, k_last,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x Aᵀ over features [k_first, k_last), ascending: [BLOCK_M, BLOCK_R] float32.
+
+    x_rows: pointers to the rows [BLOCK_M]; m_rows, m_rank: which rows and ranks there are.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k0 in range(k_first, k_last, BLOCK_K):
+        i_k = k0 + tl.arange(0, BLOCK_K)
+        m_k = i_k < k_last
+        b_x = tl.load(
+            x_rows[:, None] + i_k[None, :] * stride_xk, m_rows[:, None] & m_k[None, :], 0.0
+        )  # [BLOCK_M, BLOCK_K]
+        b_a = tl.load(
+            p_a + i_rank[None, :] * stride_ar + i_k[:, None] * stride_ak,
+            m_k[:, None] & m_rank[None, :], 0.0,
+        )  # [BLOCK_K, BLOCK_R]  # fmt: skip
+        acc = dot(b_x, b_a, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def expand(
+    h_rows, m_rows, stride_split, splits, p_b, stride_br, stride_bo, rank, i_out, m_out,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """h Bᵀ with h the sum of its splits, both ascending: [BLOCK_M, BLOCK_N] float32.
+
+    h_rows: pointers to the partial h of each row [BLOCK_M].
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for r0 in range(0, rank, BLOCK_R):
+        i_r = r0 + tl.arange(0, BLOCK_R)
+        m_r = i_r < rank
+        m_h = m_rows[:, None] & m_r[None, :]
+        b_h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for split in range(splits):
+            b_h += tl.load(h_rows[:, None] + split * stride_split + i_r[None, :], m_h, 0.0)
+        b_b = tl.load(
+            p_b + i_r[:, None] * stride_br + i_out[None, :] * stride_bo,
+            m_r[:, None] & m_out[None, :], 0.0,
+        )  # [BLOCK_R, BLOCK_N]  # fmt: skip
+        acc = dot(b_h, b_b, acc, PRECISION)
+    return acc
