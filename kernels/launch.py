@@ -98,7 +98,8 @@ def launch(
     if INTERPRETED:
         fn[grid](*arguments)
         return
-    aligned, dtypes = True, []
+    aligned = True
+    dtypes: list[torch.dtype | None] = []
     for p in pointers:
         if p is None:
             dtypes.append(None)
