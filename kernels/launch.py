@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,7 +22,7 @@ FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Device(NamedTuple):
-    """What configurations depend on. arch: 80, 90, ... or "gfx942"; shared: bytes a block may use."""
+    """What configurations depend on. arch: 80, 90, ... or "gfx942"; shared: bytes a block has."""
 
     backend: str
     arch: int | str
@@ -99,7 +98,8 @@ def launch(
     if INTERPRETED:
         fn[grid](*arguments)
         return
-    aligned, dtypes = True, []
+    aligned = True
+    dtypes: list[torch.dtype | None] = []
     for p in pointers:
         if p is None:
             dtypes.append(None)
