@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .batched_lora_delta import slots_of
 from .launch import Config, Device, Variant, Variants, cdiv, launch, scratch
 from .storage import Adapters
 
@@ -24,15 +25,13 @@ def _keys(
     """The slot of each pair, ``slots`` for none: -1, and what is no slot in use."""
     i_pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_pair = i_pair < pairs
-    at = (i_pair // k).to(tl.int64) * stride_n + (i_pair % k).to(tl.int64) * stride_k
-    slot = tl.load(p_ids + at, m_pair, -1)
-    m_slot = (slot >= 0) & (slot < slots)
-    m_slot &= tl.load(p_ranks + slot.to(tl.int64) * slices, m_slot, -1) >= 0
-    tl.store(p_keys + i_pair, tl.where(m_slot, slot, slots), m_pair)
-    bad = tl.max((m_pair & (slot != -1) & ~m_slot).to(tl.int32), 0)
-    if bad > 0:
-        tl.store(p_flag + 1, tl.max(tl.where(m_slot | (slot == -1), -(2**31), slot), 0))
-        tl.store(p_flag, 1)
+    i_row, j = i_pair // k, i_pair % k
+    slot, m_bad = slots_of(p_ids, p_ranks, i_row, m_pair, j, stride_n, stride_k, slots, slices)
+    tl.store(p_keys + i_pair, tl.where(slot >= 0, slot, slots), m_pair)
+    at = p_ids + i_row.to(tl.int64) * stride_n + j.to(tl.int64) * stride_k
+    flag = p_flag + tl.zeros((BLOCK,), tl.int32)
+    tl.store(flag + 1, tl.load(at, m_bad, 0), m_bad)
+    tl.store(flag, 1, m_bad)
 
 
 @triton.jit(do_not_specialize=["pairs", "k", "slots"])

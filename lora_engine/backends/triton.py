@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_engine.backends.triton_adapt import (  # noqa: F401  the registry looks here for them
+    Step,
+)
 from lora_engine.backends.triton_arrays import (
     check_dtype,
     check_finite,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lora_engine.backends import triton_adapt as adapting
 from lora_engine.backends.triton_arrays import (
     DTYPES,
     check_finite,
@@ -376,6 +377,23 @@ class Pool:
         self.slot("MicroLoRA.forward", slot)
         n = x.shape[0] if getattr(x, "ndim", 1) == 2 else 1
         return self.forward(x, self._all_of(slot, n), None, out, accumulate, transposed)
+
+    def adapt(self, x: Any, grad: Any, ids: Any, weights: Any, step: adapting.Step) -> Any:
+        return adapting.adapt(self, x, grad, ids, weights, step)
+
+    def adapt_slot(self, x: Any, grad: Any, slot: int, step: adapting.Step) -> tuple[int, float]:
+        return adapting.adapt_slot(self, x, grad, slot, step)
+
+    def gradient_size(self, slot: int) -> int:
+        return adapting.gradient_size(self, slot)
+
+    def gradient(self, x: Any, grad: Any, slot: int, h: Any, gradient: Any) -> tuple[int, float]:
+        return adapting.gradient(self, x, grad, slot, h, gradient)
+
+    def apply(
+        self, gradient: Any, slot: int, scale: float, step: adapting.Step
+    ) -> tuple[int, float]:
+        return adapting.apply(self, gradient, slot, scale, step)
 
     def shrink(self, x: Any, slot: int) -> Any:
         """h = A x [n, sum of ranks] float32."""
