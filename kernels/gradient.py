@@ -64,11 +64,51 @@ def vectors(p_x, p_grad, z, row, stride_xn, stride_gn, first, i_c, m):
     return b_v.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["k", "weighted", "mean", "stride_wn", "stride_wk", "ranks"])
+@triton.jit
+def _one_row(
+    p_weights, p_x, p_grad, p_to, z, row, stride_xn, stride_gn, first, rank, width, c_first, c_last,
+    scale, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A row's dot products with the ranks over columns [c_first, c_last), times scale."""
+    for r0 in range(0, rank, BLOCK_R):
+        i_r = r0 + tl.arange(0, BLOCK_R)
+        m_r = i_r < rank
+        acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for c0 in range(c_first, c_last, BLOCK_C):
+            i_c = c0 + tl.arange(0, BLOCK_C)[None, :]
+            m_c = i_c < c_last
+            b_v = vectors(p_x, p_grad, z, row, stride_xn, stride_gn, first, i_c, m_c)
+            at = i_r.to(tl.int64)[:, None] * width + i_c
+            acc += b_v * tl.load(p_weights + at, m_r[:, None] & m_c, 0.0).to(tl.float32)
+        tl.store(p_to + i_r, tl.sum(acc, 1) * scale, m_r)
+
+
+@triton.jit
+def _rows(
+    p_weights, p_x, p_grad, p_to, z, row, m_row, stride_xn, stride_gn, first, rank, width, c_first,
+    c_last, scale, pair_stride, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same for GROUP rows, which go to p_to and on by pair_stride."""
+    if z % 2 == 0:
+        rows = p_x + row * stride_xn
+    else:
+        rows = p_grad + row * stride_gn + first
+    to = p_to + tl.arange(0, GROUP).to(tl.int64)[:, None] * pair_stride
+    for r0 in range(0, rank, GROUP):
+        i_r = r0 + tl.arange(0, GROUP)
+        m_r = i_r < rank
+        b_f = project(
+            rows, m_row, 1, p_weights, width, 1, i_r, m_r, c_first, c_last, GROUP, GROUP, PART,
+            PRECISION,
+        )  # [GROUP, GROUP]  # fmt: skip
+        tl.store(to + i_r[None, :], b_f * scale[:, None], m_row[:, None] & m_r[None, :])
+
+
+@triton.jit(do_not_specialize=["k", "weighted", "mean", "stride_wn", "stride_wk", "pair_stride", "ranks"])
 def _project(
     p_x, p_grad, p_weights, p_keys, p_order, p_runs, p_arena, p_offsets, p_ranks, p_scalings,
-    p_firsts, p_f, k, weighted, mean, stride_wn, stride_wk, ranks, in_features, unit, slices,
-    stride_xn, stride_gn, splits, PRECISION: tl.constexpr,
+    p_firsts, p_f, k, weighted, mean, stride_wn, stride_wk, pair_stride, ranks, in_features, unit,
+    slices, stride_xn, stride_gn, splits, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """f [pairs, 2 slices, splits, ranks]; grid (pairs, splits, 2 slices).
 
@@ -82,67 +122,37 @@ def _project(
         return
     slot = tl.load(p_keys + p)
     rank, width, first, _ = factor(p_ranks, p_firsts, slot, z, in_features, unit, slices)
-    weights = tl.load(p_offsets + slot.to(tl.int64) * slices + z // 2)
-    weights = tl.multiple_of(weights, 16) + (z % 2) * rank.to(tl.int64) * in_features
+    offset = tl.load(p_offsets + slot.to(tl.int64) * slices + z // 2)
+    p_own = p_arena + tl.multiple_of(offset, 16) + (z % 2) * rank.to(tl.int64) * in_features
     scale = tl.load(p_scalings + slot)
     if mean:
         scale /= tl.load(p_runs + 3 * p.to(tl.int64) + 2).to(tl.float32)
     span = tl.cdiv(tl.cdiv(width, splits), PART) * PART
     c_first, c_last = split * span, tl.minimum((split + 1) * span, width)
-    z_stride = splits * ranks
-    p_to = p_f + ((p.to(tl.int64) * slices * 2 + z) * splits + split) * ranks
+    p_to = p_f + p.to(tl.int64) * pair_stride + (z * splits + split) * ranks
+    i_p = p + tl.arange(0, GROUP)
+    m_p = i_p < last
+    pair = tl.load(p_order + i_p, m_p, 0)
+    at = pair // k * stride_wn + pair % k * stride_wk
+    scales = tl.load(p_weights + at, m_p & (weighted != 0), 1.0) * scale
     if grouped:
-        i_p = p + tl.arange(0, GROUP)
-        m_p = i_p < last
-        pair = tl.load(p_order + i_p, m_p, 0)
-        row = pair // k
-        at = row * stride_wn + pair % k * stride_wk
-        weight = tl.load(p_weights + at, m_p & (weighted != 0), 1.0) * scale
-        if z % 2 == 0:
-            rows = p_x + row * stride_xn
-        else:
-            rows = p_grad + row * stride_gn + first
-        for r0 in range(0, rank, GROUP):
-            i_r = r0 + tl.arange(0, GROUP)
-            m_r = i_r < rank
-            b_f = project(
-                rows, m_p, 1, p_arena + weights, width, 1, i_r, m_r, c_first, c_last,
-                GROUP, GROUP, PART, PRECISION,
-            )  # [GROUP, GROUP]  # fmt: skip
-            to = tl.arange(0, GROUP).to(tl.int64) * slices * 2 * z_stride
-            m_f = m_p[:, None] & m_r[None, :]
-            tl.store(p_to + to[:, None] + i_r[None, :], b_f * weight[:, None], m_f)
+        _rows(
+            p_own, p_x, p_grad, p_to, z, pair // k, m_p, stride_xn, stride_gn, first, rank, width,
+            c_first, c_last, scales, pair_stride, PRECISION,
+        )  # fmt: skip
     else:
-        pair = tl.load(p_order + p)
-        row = pair // k
-        at = row * stride_wn + pair % k * stride_wk
-        scale *= tl.load(p_weights + at, weighted != 0, 1.0)
-        p_own = p_arena + weights
+        row = tl.load(p_order + p) // k
+        scale = tl.sum(tl.where(i_p == p, scales, 0.0), 0)
         if rank <= 4:
-            _dots(p_own, p_x, p_grad, p_to, z, row, stride_xn, stride_gn, first, rank, width,
-                  c_first, c_last, scale, 4, TILE)  # fmt: skip
+            _one_row(
+                p_own, p_x, p_grad, p_to, z, row, stride_xn, stride_gn, first, rank, width, c_first,
+                c_last, scale, 4, TILE,
+            )  # fmt: skip
         else:
-            _dots(p_own, p_x, p_grad, p_to, z, row, stride_xn, stride_gn, first, rank, width,
-                  c_first, c_last, scale, GROUP, PART)  # fmt: skip
-
-
-@triton.jit
-def _dots(
-    p_weights, p_x, p_grad, p_to, z, row, stride_xn, stride_gn, first, rank, width, c_first, c_last,
-    scale, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """One row's dot products with the ranks over columns [c_first, c_last), times scale."""
-    for r0 in range(0, rank, BLOCK_R):
-        i_r = r0 + tl.arange(0, BLOCK_R)
-        m_r = i_r < rank
-        acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        for c0 in range(c_first, c_last, BLOCK_C):
-            i_c = c0 + tl.arange(0, BLOCK_C)[None, :]
-            m_c = i_c < c_last
-            b_v = vectors(p_x, p_grad, z, row, stride_xn, stride_gn, first, i_c, m_c)
-            at = i_r.to(tl.int64)[:, None] * width + i_c
-            acc += b_v * tl.load(p_weights + at, m_r[:, None] & m_c, 0.0).to(tl.float32)
-        tl.store(p_to + i_r, tl.sum(acc, 1) * scale, m_r)
+            _one_row(
+                p_own, p_x, p_grad, p_to, z, row, stride_xn, stride_gn, first, rank, width, c_first,
+                c_last, scale, GROUP, PART,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -316,15 +326,15 @@ def project_rows(
     """weights float32 [n, k] or None."""
     a = adapters
     x, grad = (t if t.stride(1) == 1 else t.contiguous() for t in (x, grad))
-    slices, splits, ranks = len(a.outs), splits_of(a), max(a.max_rank, 1)
-    f = scratch("adapt_f", x, runs.pairs * 2 * slices * splits * ranks, torch.float32)
+    slices, splits = len(a.outs), splits_of(a)
+    f = scratch("adapt_f", x, runs.pairs * strides_of(a)[0], torch.float32)
     given = a.scalings if weights is None else weights
     strides = (0, 0) if weights is None else weights.stride()
     launch(
         _project, (runs.pairs, splits, 2 * slices),
         (x, grad, given, runs.keys, runs.order, runs.table, a.arena, a.offsets, a.ranks, a.scalings,
          a.firsts, f),
-        (runs.k, int(weights is not None), int(mean), *strides, ranks),
+        (runs.k, int(weights is not None), int(mean), *strides, *strides_of(a)),
         (a.in_features, unit_of(a), slices, x.stride(0), grad.stride(0), splits),
         (product_precision(x.dtype, a.arena.dtype),), PROJECT,
     )  # fmt: skip
@@ -379,5 +389,5 @@ def variants(device: Device) -> Variants:
             f"adapt-project-{names[0]}-{names[1]}", _project,
             (names[0], names[0], "fp32", "i32", "i64", "i32", names[1], "i64", "i32", "fp32", "i32",
              "fp32"),
-            ("i32",) * 6, shape, (how,), PROJECT, matrix,
+            ("i32",) * 7, shape, (how,), PROJECT, matrix,
         )  # fmt: skip

@@ -68,20 +68,33 @@ def stored(values, dtype: tl.constexpr, i_element, key_low, key_high):
     """float32 values as a dtype keeps them; 16 bits are rounded stochastically."""
     if dtype == tl.float32:
         return values
-    hashed = counter_hash(i_element, key_low, key_high)
-    if dtype == tl.bfloat16:
-        return _to_bfloat16(values, hashed)
+    elif dtype == tl.bfloat16:
+        return _to_bfloat16(values, counter_hash(i_element, key_low, key_high))
     else:
-        return _to_float16(values, hashed)
+        return _to_float16(values, counter_hash(i_element, key_low, key_high))
 
 
 _MASK = (1 << 64) - 1
 
 
-def seed_words(seed: int) -> tuple[int, int]:
-    """The seed's part of the key as two signed words, as a kernel takes them."""
-    z = (seed + 0x9E3779B97F4A7C15) & _MASK
+def _splitmix64(z: int) -> int:
+    z = (z + 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    words = np.array([z ^ (z >> 31)], np.uint64).view(np.int32)
-    return int(words[0]), int(words[1])
+    return z ^ (z >> 31)
+
+
+def key_words(key: int) -> tuple[int, int]:
+    """The (low, high) words of 64 bits, signed, as kernels take them."""
+    low, high = np.array([key], np.uint64).view(np.int32).tolist()
+    return low, high
+
+
+def seed_words(seed: int) -> tuple[int, int]:
+    """A seed's part of the key, for ``rounding_key`` in a kernel."""
+    return key_words(_splitmix64(seed & _MASK))
+
+
+def host_key(seed: int, slot: int, version: int) -> int:
+    """``rounding_key`` on the host."""
+    return _splitmix64(_splitmix64(_splitmix64(seed & _MASK) ^ slot) ^ (version & _MASK))

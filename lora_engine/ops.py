@@ -32,9 +32,10 @@ NOTES = {
 
 
 class BatchedAdaptResult(NamedTuple):
-    """What became of each row: applied [n] bool, and in words what was not."""
+    """What became of each row: applied [n] bool, and in words what was not. On a GPU applied
+    is a tensor there, which the host has not waited for."""
 
-    applied: NDArray[np.bool_]
+    applied: Any
     note: str
 
 
@@ -133,6 +134,8 @@ def batched_adapt(
     step = make_step(pool._backend, lr, max_norm, lr_ratio, train_A, weight_decay, ewc)
     outcomes = pool._storage.adapt(x, grad, ids, weights, step)
     applied = outcomes == APPLIED
+    if getattr(outcomes, "is_cuda", False):
+        return BatchedAdaptResult(applied, "on the device: applied says which rows were learned")
     missed = len(applied) - int(np.count_nonzero(applied))
     if not missed:
         return BatchedAdaptResult(applied, "")

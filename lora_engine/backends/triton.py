@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lora_engine.backends.triton_adapt import (  # noqa: F401  the registry looks here for them
+    Ewc,
     Step,
+    ewc_step,
 )
 from lora_engine.backends.triton_arrays import (
     check_dtype,

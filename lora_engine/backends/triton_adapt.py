@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from lora_engine.backends.triton_arrays import (
-    check_device,
     check_dtype,
     check_finite,
     check_output,
@@ -19,7 +18,8 @@ from lora_engine.backends.triton_arrays import (
     tensor,
 )
 from lora_engine.kernels import batched_adapt as kernels
-from lora_engine.kernels.launch import INTERPRETED
+from lora_engine.kernels import ewc_step as _ewc_step
+from lora_engine.kernels.rounding import host_key
 
 if TYPE_CHECKING:
     from lora_engine.backends.triton_pool import Pool
@@ -75,7 +75,7 @@ def _samples(op: str, pool: Pool, x: Any, grad: Any) -> tuple[torch.Tensor, torc
 
 
 def adapt(pool: Pool, x: Any, grad: Any, ids: Any, weights: Any, step: Step) -> Any:
-    """uint8 [n], of x's kind: what became of each row."""
+    """uint8 [n], what became of each row: on a GPU a tensor, which nobody has waited for."""
     op = "batched_adapt"
     with pool.lock:
         pool.raise_bad_id()
@@ -83,7 +83,7 @@ def adapt(pool: Pool, x: Any, grad: Any, ids: Any, weights: Any, step: Step) -> 
         how = _checked(op, pool, step)
         batch = pool.batch(op, ids, weights, rows, False)
         outcomes = kernels.batched_adapt(pool.adapters, rows, up, batch.ids, batch.weights, how)
-    return outcomes if isinstance(x, torch.Tensor) else outcomes.numpy()
+    return outcomes if outcomes.is_cuda else outcomes.numpy()
 
 
 def _read(made: kernels.Outcome) -> tuple[int, float]:
@@ -160,3 +160,120 @@ def apply(pool: Pool, gradient: Any, slot: int, scale: float, step: Step) -> tup
         if not given.numel():
             return 0, 0.0
         return _read(kernels.apply(pool.adapters, given.to(pool.device), slot, scale, how))
+
+
+# ---- EWC ----
+
+
+def ewc_step(
+    theta: Any, grad: Any, fisher: Any, anchor: Any, lr: float, ewc_lambda: float,
+    seed: int, version: int,
+) -> None:  # fmt: skip
+    op = "ewc_step"
+    to = matrix(op, "theta", theta)
+    others = {"grad": grad, "fisher": fisher, "anchor": anchor}
+    given = {name: matrix(op, name, a, *to.shape, to) for name, a in others.items()}
+    for name in ("fisher", "anchor"):
+        check_dtype(op, name, given[name].dtype, torch.float32)
+    check_output(op, "theta", theta, to)
+    for name, other in given.items():
+        check_overlap(op, "theta", to, name, other)
+    step, lam = _from_zero(op, "lr", lr), _from_zero(op, "ewc_lambda", ewc_lambda)
+    pull = float(np.float32(2) * lam * step)
+    key = host_key(seed, 0, version)
+    _ewc_step.ewc_step(to, *given.values(), float(step), pull, key)
+
+
+def _from_zero(op: str, name: str, value: float) -> np.float32:
+    check_finite(op, name, float(_single(value)))
+    if value < 0:
+        raise refuse(ValueError, op, name, "0 or more", value)
+    return _single(value)
+
+
+class _Record(NamedTuple):
+    """Of one slot, made at an epoch of it: parts of memory, one after another, which kernels
+    find by the address of the first."""
+
+    memory: torch.Tensor
+    epoch: int
+
+
+class Ewc:
+    """As ``_C.Ewc``: records on the device of the pool, and a table of their addresses."""
+
+    def __init__(self, pool: Pool, form: str, ewc_lambda: float) -> None:
+        if form not in ("factor", "delta"):
+            raise refuse(ValueError, "EWC", "form", "factor or delta", form)
+        self.pool, self.form = pool, form
+        self.ewc_lambda = float(_from_zero("EWC", "ewc_lambda", ewc_lambda))
+        self._records: dict[int, _Record] = {}
+        self._table = torch.zeros((0, 2), dtype=torch.int64, device=pool.device)
+
+    def records(self) -> kernels.Records:
+        """What kernels read; no more than the pool's slots."""
+        return kernels.Records(self._table, 2.0 * self.ewc_lambda)
+
+    def set(self, slot: int, first: list[Any], second: list[Any]) -> None:
+        """(F_A, F_B) of each slice, with the slot's weights as the anchor."""
+        op = "EWC.set"
+        with self.pool.lock:
+            held = self.pool.slot(op, slot)
+            parts = []
+            for s, (rank, out) in enumerate(zip(held.ranks, self.pool.outs, strict=True)):
+                if rank:
+                    shapes = (rank, self.pool.in_features), (out, rank)
+                    F_A = _fisher(op, "fisher_A", first[s], shapes[0], self.pool.device)
+                    F_B = _fisher(op, "fisher_B", second[s], shapes[1], self.pool.device)
+                    parts += [F_A.reshape(-1), F_B.T.reshape(-1)]
+            memory = torch.cat([*parts, self._weights(slot)])
+            if len(self._table) <= slot:
+                larger = self._table.new_zeros((self.pool.adapters.ranks.shape[0], 2))
+                larger[: len(self._table)] = self._table
+                self._table = larger
+            self._records[slot] = _Record(memory, held.epoch)
+            self._table[slot] = torch.tensor([memory.data_ptr(), held.epoch])
+
+    def _weights(self, slot: int) -> torch.Tensor:
+        """A slot's weights as float32, in the order of storage without gaps."""
+        A, B, _ = self.pool.get(slot)
+        flat = [m.reshape(-1) for a, b in zip(A, B, strict=True) if a is not None for m in (a, b.T)]
+        made = torch.from_numpy(np.concatenate(flat)) if flat else torch.empty(0)
+        return made.to(self.pool.device)
+
+    def remove(self, slot: int) -> None:
+        with self.pool.lock:
+            self.pool.slot("EWC.remove", slot)
+            if self._records.pop(slot, None):
+                self._table[slot] = 0
+
+    def _live(self) -> list[tuple[int, torch.Tensor]]:
+        """Slots and records of adapters that are still there."""
+        held = self.pool.epochs()
+        return [(s, r.memory) for s, r in sorted(self._records.items()) if held.get(s) == r.epoch]
+
+    def penalty(self) -> float:
+        with self.pool.lock:
+            total = 0.0
+            for slot, memory in self._live():
+                fisher, anchor = memory.double().view(2, -1)
+                total += float((fisher * (self._weights(slot) - anchor) ** 2).sum())
+        return self.ewc_lambda * total
+
+
+def _fisher(
+    op: str, name: str, array: Any, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """Checked Fisher information, from wherever it is."""
+    given = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    if not isinstance(given, torch.Tensor):
+        raise refuse(TypeError, op, name, "a float32 array", type(array).__name__)
+    check_dtype(op, name, given.dtype, torch.float32)
+    if given.shape != shape:
+        raise refuse(ValueError, op, name, f"shape {list(shape)}", list(given.shape))
+    given = given.detach().to(device)
+    bad = given[~((given >= 0) & (given <= 3.4e38))]
+    if bad.numel():
+        want = "finite values of 0 or more"
+        raise refuse(ValueError, op, name, want, f"{float(bad[0]):g}")
+    return given

@@ -254,6 +254,10 @@ class Pool:
             )
         return held
 
+    def epochs(self) -> dict[int, int]:
+        """Of the adapters in the pool, by slot."""
+        return {slot: held.epoch for slot, held in self._slots.items()}
+
     def _weights(self, slot: int, block: int, ranks: tuple[int, ...]) -> Weights:
         flat = self.adapters.arena[block : block + self._block_size(ranks)].clone()
         scaling = float(self.adapters.scalings[slot])
