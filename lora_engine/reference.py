@@ -140,6 +140,15 @@ def slot_gradients(
     return gA, gB
 
 
+def clipping(gA: list[Any], gB: list[Any], step: Step) -> float | None:
+    """What clipping multiplies the gradients by, over what learns; None for NaN or Inf."""
+    learning = [g for g in (*(gA if step.train_A else []), *gB) if g is not None]
+    norm = np.sqrt(sum(float((g**2).sum()) for g in learning))
+    if not np.isfinite(norm):
+        return None
+    return float(step.max_norm / norm) if step.max_norm and norm > step.max_norm else 1.0
+
+
 def step_adapter(
     adapter: Adapter,
     gA: list[Any],
@@ -154,11 +163,9 @@ def step_adapter(
     LoRA-FA (Zhang et al. 2023: train_A False), decoupled decay, then the
     proximal EWC step where fisher and anchor are given.
     """
-    learning = [g for g in (*(gA if step.train_A else []), *gB) if g is not None]
-    norm = np.sqrt(sum(float((g**2).sum()) for g in learning))
-    if not np.isfinite(norm):
+    clip = clipping(gA, gB, step)
+    if clip is None:
         return None
-    clip = step.max_norm / norm if step.max_norm and norm > step.max_norm else 1.0
 
     def moved(theta: Any, g: Any, lr: float, F: Any, theta_star: Any) -> Any:
         if theta is None:

@@ -16,6 +16,7 @@ from lora_engine.backends.reference_nf4 import (  # noqa: F401  the registry loo
     nf4_linear,
     nf4_linear_backward,
 )
+from lora_engine.reference_ewc import delta_penalty, delta_step
 
 
 class Step(NamedTuple):
@@ -243,7 +244,15 @@ class Pool:
             step.ewc.ewc_lambda if step.ewc else 0.0,
         )
         fisher, anchor = record or (None, None)
-        moved = reference.step_adapter(now.adapter, gA, gB, values, fisher, anchor)
+        if record and step.ewc and step.ewc.form == "delta":
+
+            def stored(B: list[Any]) -> list[Any]:
+                new = now.adapter._replace(B=B)
+                return self._rounded(new, slot, now.version).B
+
+            moved = delta_step(now.adapter, gA, gB, values, fisher, anchor, stored)
+        else:
+            moved = reference.step_adapter(now.adapter, gA, gB, values, fisher, anchor)
         learning = [g for g in (*(gA if step.train_A else []), *gB) if g is not None]
         if not sum(g.size for g in (*gA, *gB) if g is not None):
             return 0, 0.0  # rank 0: nothing that could learn
@@ -334,20 +343,24 @@ class Ewc:
     """As ``_C.Ewc``."""
 
     def __init__(self, pool: Pool, form: str, ewc_lambda: float) -> None:
-        if form != "factor":
-            raise NotImplementedError(f"EWC: form: expected factor, got {form}")
-        self.pool, self.ewc_lambda = pool, ewc_lambda
+        if form not in ("factor", "delta"):
+            raise ValueError(f"EWC: form: expected factor or delta, got {form}")
+        self.pool, self.form, self.ewc_lambda = pool, form, ewc_lambda
         self._records: dict[int, Any] = {}
 
-    def set(self, slot: int, fisher_A: list[Any], fisher_B: list[Any]) -> None:
+    def set(self, slot: int, first: list[Any], second: list[Any]) -> None:
         adapter = self.pool._get(slot).adapter
-        for got, factor in ((fisher_A, adapter.A), (fisher_B, adapter.B)):
-            for g, f in zip(got, factor, strict=True):
-                if f is not None and np.shape(g) != f.shape:
-                    raise ValueError(
-                        f"EWC.set: fisher: expected shape {f.shape}, got {np.shape(g)}"
-                    )
-        self._records[slot] = ((list(fisher_A), list(fisher_B)), adapter)
+        for i, (given, factors) in enumerate(((first, adapter.A), (second, adapter.B))):
+            for s, (g, f) in enumerate(zip(given, factors, strict=True)):
+                if f is None:
+                    continue
+                want = f.shape
+                if self.form == "delta":
+                    want = (self.pool.outs[s] if i == 0 else self.pool.in_features,)
+                if np.shape(g) != want:
+                    raise ValueError(f"EWC.set: fisher: expected shape {want}, got {np.shape(g)}")
+        fisher = ([_read(g) if g is not None else None for g in f] for f in (first, second))
+        self._records[slot] = (tuple(fisher), adapter)
 
     def find(self, slot: int) -> Any:
         return self._records.get(slot)
@@ -357,9 +370,16 @@ class Ewc:
 
     def penalty(self) -> float:
         total = 0.0
-        for slot, ((F_A, F_B), anchor) in self._records.items():
+        for slot, ((first, second), anchor) in self._records.items():
             now = self.pool._get(slot).adapter
-            for F, a, b in zip((*F_A, *F_B), (*now.A, *now.B), (*anchor.A, *anchor.B), strict=True):
-                if a is not None:
-                    total += float((_read(F) * (_read(a) - _read(b)) ** 2).sum())
+            for s, (A, B) in enumerate(zip(now.A, now.B, strict=True)):
+                if A is None:
+                    continue
+                if self.form == "delta":
+                    total += delta_penalty(
+                        A, B, anchor.A[s], anchor.B[s], first[s], second[s], now.scaling, 1.0
+                    )
+                else:
+                    total += float((first[s] * (_read(A) - _read(anchor.A[s])) ** 2).sum())
+                    total += float((second[s] * (_read(B) - _read(anchor.B[s])) ** 2).sum())
         return self.ewc_lambda * total

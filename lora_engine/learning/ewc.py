@@ -8,15 +8,20 @@ from lora_engine.adapters.pool import AdapterPool
 
 
 class EWC:
-    """The penalty ewc_lambda sum F (theta - theta*)², one record a slot of a pool.
+    """A penalty on leaving what adapters learned, one record a slot of a pool.
+
+    form "factor": ewc_lambda sum F (theta - theta*)² over A and B, 8 bytes a weight.
+    "delta": ewc_lambda sum_ij u_i v_j (ΔW - ΔW*)_ij², the Fisher information of ΔW = s B A
+    taken as u vᵀ: the same for (B G, G⁻¹ A) as for (B, A), and 4 bytes a weight besides u and
+    v. (Memory on a GPU: 24 r² bytes a slice more, for the solver.)
 
     Given as ``ewc=`` to ``batched_adapt``, each slot with a record takes the
-    proximal step toward its anchor (EWC: Kirkpatrick et al. 2017). A record
-    belongs to the adapter it was made for: one that is added or set in its
-    place is free of it.
+    proximal step toward its anchor (EWC: Kirkpatrick et al. 2017), in the delta form first of
+    B, then of A. A record belongs to the adapter it was made for: one that is added or set in
+    its place is free of it.
 
-    form: "factor" keeps F and anchors of A and B, 8 bytes a weight. Raises
-    NotImplementedError for "delta", ValueError for a negative ewc_lambda.
+    Raises NotImplementedError for "delta" on the C++ backend, ValueError for a negative
+    ewc_lambda.
     """
 
     def __init__(self, pool: AdapterPool, ewc_lambda: float, form: str = "factor") -> None:
@@ -25,20 +30,20 @@ class EWC:
         self.form = form
         self._storage = pool._backend.Ewc(pool._storage, form, self.ewc_lambda)
 
-    def set(self, slot: int, fisher_A: Any, fisher_B: Any) -> None:
+    def set(self, slot: int, first: Any, second: Any) -> None:
         """Records the Fisher information of a slot, and its weights now as the anchor.
 
-        fisher_A [r, in], fisher_B [out, r]: float32, not negative, means over
-        samples of squared per-sample gradients; lists of them with several
-        slices. Raises ValueError where a shape differs from the slot's.
+        form "factor": (F_A [r, in], F_B [out, r]), what ``lora_fisher`` gives over the number
+        of samples; "delta": (u [out], v [in]), what ``lora_fisher_factors`` gives over it.
+        float32, not negative; lists of them with several slices (None for a missing one).
+        Raises ValueError where a shape differs from the slot's.
         """
-        A, B = self.pool._slices_of(fisher_A), self.pool._slices_of(fisher_B)
-        self._storage.set(slot, A, B)
+        self._storage.set(slot, self.pool._slices_of(first), self.pool._slices_of(second))
 
     def remove(self, slot: int) -> None:
         """Forgets a slot's record."""
         self._storage.remove(slot)
 
     def penalty(self) -> float:
-        """ewc_lambda sum F (theta - theta*)² over all slots with a record."""
+        """The penalty over all slots with a record."""
         return float(self._storage.penalty())
