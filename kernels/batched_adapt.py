@@ -6,12 +6,12 @@ TODO
 from __future__ import annotations
 
 from itertools import product
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .ewc_delta import solve
 from .gradient import (
     GROUP,
     PART,
@@ -33,17 +33,9 @@ from .gradient import (
 )
 from .launch import FLOATS, Config, Device, Variant, Variants, launch, scratch
 from .rounding import rounding_key, seed_words, stored
-from .runs import Runs, find_runs, finish, one_run
+from .runs import find_runs, finish, one_run
+from .steps import Outcome, Step, record_of
 from .storage import Adapters
-
-
-@triton.jit
-def record_of(p_records, p_epochs, records, slot):
-    """The address of a slot's EWC record, made at its present epoch, or 0."""
-    at = p_records + 2 * slot.to(tl.int64)
-    address = tl.load(at, slot < records, 0)
-    epoch = tl.load(at + 1, slot < records, 0)
-    return tl.where(epoch == tl.load(p_epochs + slot), address, address * 0)
 
 
 @triton.jit
@@ -155,42 +147,6 @@ def _update(
 UPDATE = Config(4, 2, fp_fusion=False)
 
 
-class Records(NamedTuple):
-    """EWC records. table int64 [slots, 2]: the address of a slot's record, 0 for none, and
-    the epoch it was made at. A record of the factor form, float32 in the order of storage:
-    F [elements], anchor [elements]. penalty: 2 lambda.
-    """
-
-    table: torch.Tensor
-    penalty: float
-
-
-class Step(NamedTuple):
-    """lr_A, decay_A = 1 - lr_A decay and so on are numbers that float32 holds. max_norm: 0
-    for none. reach: the larger lr; largest: what a weight may move and stay in range.
-    """
-
-    lr_A: float
-    lr_B: float
-    decay_A: float
-    decay_B: float
-    max_norm: float
-    train_A: bool
-    seed: int
-    records: Records | None
-
-    @property
-    def reach(self) -> float:
-        return max(self.lr_A, self.lr_B)
-
-
-class Outcome(NamedTuple):
-    """Of each run, at its first position: what became of it int32, its gradient's norm float64."""
-
-    outcomes: torch.Tensor
-    norms: torch.Tensor
-
-
 def update(adapters: Adapters, samples: Samples, step: Step) -> Outcome:
     a, runs = adapters, samples.runs
     squares = square_sums(a, samples, step.train_A)
@@ -199,6 +155,7 @@ def update(adapters: Adapters, samples: Samples, step: Step) -> Outcome:
     history = a.previous.numel() > 0
     records = step.records
     penalty = 0.0 if records is None else records.penalty
+    apart = records is not None and records.delta
     launch(
         _update, (runs.pairs, tiles_of(a), 2 * len(a.outs)),
         (*samples.pointers(), a.arena, a.offsets, a.ranks, a.versions,
@@ -209,12 +166,15 @@ def update(adapters: Adapters, samples: Samples, step: Step) -> Outcome:
          step.lr_A, step.lr_B, step.decay_A, step.decay_B, step.max_norm, step.reach,
          3e4 if a.arena.dtype == torch.float16 else 1e38, *seed_words(step.seed), int(history),
          0 if records is None else records.table.shape[0], penalty * step.lr_A,
-         penalty * step.lr_B, 0),
+         penalty * step.lr_B, int(apart)),
         (a.in_features, unit_of(a), len(a.outs), samples.x.stride(0), samples.grad.stride(0),
          splits_of(a)),
         (), UPDATE,
     )  # fmt: skip
-    return Outcome(outcomes, norms)
+    made = Outcome(outcomes, norms)
+    if apart:
+        solve(a, samples, made, step)
+    return made
 
 
 def batched_adapt(

@@ -20,9 +20,12 @@ def delta_penalty(
     A: ArrayLike, B: ArrayLike, A_star: ArrayLike, B_star: ArrayLike,
     u: ArrayLike, v: ArrayLike, scaling: float, ewc_lambda: float,
 ) -> float:  # fmt: skip
-    """P of one slice, from matrices of twice the rank."""
-    left = np.concatenate([_f64(B), -_f64(B_star)], axis=1)
-    right = np.concatenate([_f64(A), _f64(A_star)])
+    """P of one slice, from matrices of twice the rank.
+
+    B A - B* A* = [B - B*, B*] [A; A - A*]: near the anchor this cancels less.
+    """
+    left = np.concatenate([_f64(B) - _f64(B_star), _f64(B_star)], axis=1)
+    right = np.concatenate([_f64(A), _f64(A) - _f64(A_star)])
     inner = (left.T @ (_f64(u)[:, None] * left)) @ ((right * _f64(v)) @ right.T)
     return float(ewc_lambda * scaling**2 * np.trace(inner))
 

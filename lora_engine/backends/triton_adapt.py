@@ -19,7 +19,10 @@ from lora_engine.backends.triton_arrays import (
 )
 from lora_engine.kernels import batched_adapt as kernels
 from lora_engine.kernels import ewc_step as _ewc_step
+from lora_engine.kernels import steps
+from lora_engine.kernels.ewc_delta import WIDEST, work_elements
 from lora_engine.kernels.rounding import host_key
+from lora_engine.kernels.steps import Records
 
 if TYPE_CHECKING:
     from lora_engine.backends.triton_pool import Pool
@@ -41,7 +44,7 @@ def _single(value: float) -> np.float32:
         return np.float32(value)
 
 
-def _checked(op: str, pool: Pool, step: Step) -> kernels.Step:
+def _checked(op: str, pool: Pool, step: Step) -> steps.Step:
     """The step in the numbers that kernels take, computed in float32."""
     lr, ratio, decay = _single(step.lr), _single(step.lr_ratio), _single(step.weight_decay)
     with np.errstate(over="ignore"):
@@ -57,7 +60,7 @@ def _checked(op: str, pool: Pool, step: Step) -> kernels.Step:
     if step.ewc is not None and step.ewc.pool is not pool:
         raise refuse(ValueError, op, "ewc", "one made for this pool", "one of another")
     one = np.float32(1)
-    return kernels.Step(
+    return steps.Step(
         lr_A=float(lr), lr_B=float(lr_B), decay_A=float(one - lr * decay),
         decay_B=float(one - lr_B * decay), max_norm=float(step.max_norm), train_A=step.train_A,
         seed=pool.seed, records=None if step.ewc is None else step.ewc.records(),
@@ -86,7 +89,7 @@ def adapt(pool: Pool, x: Any, grad: Any, ids: Any, weights: Any, step: Step) -> 
     return outcomes if outcomes.is_cuda else outcomes.numpy()
 
 
-def _read(made: kernels.Outcome) -> tuple[int, float]:
+def _read(made: steps.Outcome) -> tuple[int, float]:
     """Of the first run: waits for the device."""
     outcome, norm = torch.stack([made.outcomes[0].double(), made.norms[0]]).tolist()
     return int(outcome), norm
@@ -210,29 +213,51 @@ class Ewc:
         self._records: dict[int, _Record] = {}
         self._table = torch.zeros((0, 2), dtype=torch.int64, device=pool.device)
 
-    def records(self) -> kernels.Records:
+    def records(self) -> Records:
         """What kernels read; no more than the pool's slots."""
-        return kernels.Records(self._table, 2.0 * self.ewc_lambda)
+        return Records(self._table, 2.0 * self.ewc_lambda, self.form == "delta")
 
     def set(self, slot: int, first: list[Any], second: list[Any]) -> None:
         """(F_A, F_B) of each slice, with the slot's weights as the anchor."""
         op = "EWC.set"
         with self.pool.lock:
             held = self.pool.slot(op, slot)
-            parts = []
-            for s, (rank, out) in enumerate(zip(held.ranks, self.pool.outs, strict=True)):
-                if rank:
-                    shapes = (rank, self.pool.in_features), (out, rank)
-                    F_A = _fisher(op, "fisher_A", first[s], shapes[0], self.pool.device)
-                    F_B = _fisher(op, "fisher_B", second[s], shapes[1], self.pool.device)
-                    parts += [F_A.reshape(-1), F_B.T.reshape(-1)]
-            memory = torch.cat([*parts, self._weights(slot)])
+            if self.form == "delta":
+                memory = self._delta_record(op, slot, held.ranks, first, second)
+            else:
+                memory = self._factor_record(op, slot, held.ranks, first, second)
             if len(self._table) <= slot:
                 larger = self._table.new_zeros((self.pool.adapters.ranks.shape[0], 2))
                 larger[: len(self._table)] = self._table
                 self._table = larger
             self._records[slot] = _Record(memory, held.epoch)
             self._table[slot] = torch.tensor([memory.data_ptr(), held.epoch])
+
+    def _factor_record(
+        self, op: str, slot: int, ranks: tuple[int, ...], F_A: list[Any], F_B: list[Any]
+    ) -> torch.Tensor:
+        parts, device = [], self.pool.device
+        for s, (rank, out) in enumerate(zip(ranks, self.pool.outs, strict=True)):
+            if rank:
+                a = _fisher(op, "fisher_A", F_A[s], (rank, self.pool.in_features), device)
+                b = _fisher(op, "fisher_B", F_B[s], (out, rank), device)
+                parts += [a.reshape(-1), b.T.reshape(-1)]
+        return torch.cat([*parts, self._weights(slot)])
+
+    def _delta_record(
+        self, op: str, slot: int, ranks: tuple[int, ...], u: list[Any], v: list[Any]
+    ) -> torch.Tensor:
+        if max(ranks) > WIDEST:
+            raise refuse(ValueError, op, "slot", f"a rank of at most {WIDEST}", max(ranks))
+        us, vs, device = [], [], self.pool.device
+        for s, (rank, out) in enumerate(zip(ranks, self.pool.outs, strict=True)):
+            width = self.pool.in_features
+            us.append(_fisher(op, "u", u[s], (out,), device) if rank else torch.zeros(out).to(device))
+            vs.append(
+                _fisher(op, "v", v[s], (width,), device) if rank else torch.zeros(width).to(device)
+            )
+        work = torch.zeros(2 * work_elements(ranks), device=device)
+        return torch.cat([work, self._weights(slot), *us, *vs])
 
     def _weights(self, slot: int) -> torch.Tensor:
         """A slot's weights as float32, in the order of storage without gaps."""
@@ -256,9 +281,29 @@ class Ewc:
         with self.pool.lock:
             total = 0.0
             for slot, memory in self._live():
-                fisher, anchor = memory.double().view(2, -1)
-                total += float((fisher * (self._weights(slot) - anchor) ** 2).sum())
+                if self.form == "delta":
+                    total += self._delta_penalty(slot, memory)
+                else:
+                    fisher, anchor = memory.double().view(2, -1)
+                    total += float((fisher * (self._weights(slot) - anchor) ** 2).sum())
         return self.ewc_lambda * total
+
+    def _delta_penalty(self, slot: int, memory: torch.Tensor) -> float:
+        """As ``reference_ewc.delta_penalty``, over the slices of a slot."""
+        ranks, width, outs = self.pool.ranks(slot), self.pool.in_features, self.pool.outs
+        now = self._weights(slot).double()
+        begin = 2 * work_elements(tuple(ranks))
+        anchor, rest = memory[begin:].double().split([len(now), len(memory) - begin - len(now)])
+        us, vs = rest[: sum(outs)].split(outs), rest[sum(outs) :].split(width)
+        total, at = 0.0, 0
+        for rank, out, u, v in zip(ranks, outs, us, vs, strict=True):
+            middle, end = at + rank * width, at + rank * (width + out)
+            a, a_star = (t[at:middle].view(rank, width) for t in (now, anchor))
+            b, b_star = (t[middle:end].view(rank, out) for t in (now, anchor))
+            left, right = torch.cat([b - b_star, b_star]), torch.cat([a, a - a_star])
+            total += float((((left * u) @ left.T) * ((right * v) @ right.T)).sum())
+            at = end
+        return total * float(self.pool.adapters.scalings[slot]) ** 2
 
 
 def _fisher(
