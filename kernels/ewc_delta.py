@@ -286,8 +286,9 @@ def _solve(
 
 
 CONFIG = Config(4, 1, fp_fusion=False)
-BLOCKS = (4, 16, 64, 256)  # ranks of a block
+BLOCKS = (4, 32, 256)  # ranks of a block
 WIDEST = BLOCKS[-1]
+TILE = 1024  # elements
 
 
 def block_of(adapters: Adapters) -> int:
@@ -316,18 +317,18 @@ def solve(adapters: Adapters, samples: Samples, made: Outcome, step: Step) -> No
         launch(
             _tridiagonal, (runs.pairs, 1, slices),
             (runs.keys, runs.table, made.outcomes, a.ranks, a.epochs, table), (table.shape[0],),
-            (slices,), (block, min(block, 2048 // block)), CONFIG,
+            (slices,), (block, min(block, TILE // block)), CONFIG,
         )  # fmt: skip
         width = max(a.outs) if side else a.in_features
         lr, decay = (step.lr_B, step.decay_B) if side else (step.lr_A, step.decay_A)
         launch(
-            _solve, (runs.pairs, cdiv(width, 2048 // block), slices),
+            _solve, (runs.pairs, cdiv(width, TILE // block), slices),
             (x, grad, runs.keys, runs.order, runs.table, made.outcomes, made.norms, a.arena,
              a.offsets, a.ranks, a.scalings, a.versions, a.epochs, a.firsts, samples.f,
              samples.f if samples.buffer is None else samples.buffer, table),
             (runs.k, int(samples.buffer is not None), samples.scale, *strides_of(a), table.shape[0],
              side, lr, decay, lr * records.penalty, step.max_norm, *seed_words(step.seed)),
-            (*shape, x.stride(0), grad.stride(0), splits_of(a)), (block, 2048 // block), CONFIG,
+            (*shape, x.stride(0), grad.stride(0), splits_of(a)), (block, TILE // block), CONFIG,
         )  # fmt: skip
 
 
@@ -338,7 +339,7 @@ def variants(device: Device) -> Variants:
         yield Variant(
             f"ewc_delta-tridiagonal-{block}", _tridiagonal,
             ("i32", "i32", "i32", "i32", "i64", "i64"), ("i32",), (1,),
-            (block, min(block, 2048 // block)), CONFIG, False,
+            (block, min(block, TILE // block)), CONFIG, False,
         )  # fmt: skip
     for w in FLOATS:
         name = FLOATS[w]
@@ -353,5 +354,5 @@ def variants(device: Device) -> Variants:
                 ("fp32", "fp32", "i32", "i64", "i32", "i32", "fp64", name, "i64", "i32", "fp32",
                  "i64", "i64", "i32", "fp32", "fp32", "i64"),
                 ("i32", "i32", "fp32", "i32", "i32", "i32", "i32", *("fp32",) * 4, "i32", "i32"),
-                (4096, 16, 1, 4096, 4096, splits), (block, 2048 // block), CONFIG, False,
+                (4096, 16, 1, 4096, 4096, splits), (block, TILE // block), CONFIG, False,
             )  # fmt: skip

@@ -26,6 +26,7 @@ from .tiles import precision, project
 TILE = tl.constexpr(512)  # columns a block goes through
 GROUP = tl.constexpr(16)  # rows and ranks of one matrix product
 PART = tl.constexpr(128)  # and its columns
+HALF = tl.constexpr(64)  # columns of a step of the sum over them
 GROUPED = tl.constexpr(8)  # a run of so many pairs is taken by groups
 
 
@@ -98,7 +99,7 @@ def _rows(
         i_r = r0 + tl.arange(0, GROUP)
         m_r = i_r < rank
         b_f = project(
-            rows, m_row, 1, p_weights, width, 1, i_r, m_r, c_first, c_last, GROUP, GROUP, PART,
+            rows, m_row, 1, p_weights, width, 1, i_r, m_r, c_first, c_last, GROUP, GROUP, HALF,
             PRECISION,
         )  # [GROUP, GROUP]  # fmt: skip
         tl.store(to + i_r[None, :], b_f * scale[:, None], m_row[:, None] & m_r[None, :])
@@ -229,8 +230,8 @@ def _squares(
     c_first = tile * TILE
     if (c_first >= width) | ((z % 2 == 0) & (train_A == 0)):
         return
-    total = slot.to(tl.float64) * 0.0
     if by_groups(start, last, rank, buffered):
+        sums = tl.zeros((PART,), tl.float64)
         for r0 in range(0, rank, GROUP):
             i_r = r0 + tl.arange(0, GROUP)
             for c0 in range(c_first, tl.minimum(c_first + TILE, width), PART):
@@ -243,10 +244,11 @@ def _squares(
                     to = p_buffer + element + i_r.to(tl.int64)[:, None] * width + i_c
                     tl.store(to, b_g, (i_r < rank)[:, None] & (i_c < width))
                 b_g = b_g.to(tl.float64)
-                total += tl.sum(tl.sum(b_g * b_g, 1), 0)
+                sums += tl.sum(b_g * b_g, 0)
+        total = tl.sum(sums, 0)
     else:
         i_c = c_first + tl.arange(0, TILE)[None, :]
-        sums = tl.zeros((1, TILE), tl.float64)
+        squares = tl.zeros((1, TILE), tl.float64)
         for r in range(rank):
             b_g = few_rows(
                 p_x, p_grad, p_order, p_f, p_buffer, buffered, scale, start, last, z, r, first,
@@ -257,8 +259,8 @@ def _squares(
                 to = p_buffer + element + r * width.to(tl.int64) + i_c
                 tl.store(to, b_g, i_c < width)
             b_g = b_g.to(tl.float64)
-            sums += b_g * b_g
-        total += tl.sum(tl.sum(sums, 1), 0)
+            squares += b_g * b_g
+        total = tl.sum(tl.sum(squares, 1), 0)
     to = (p.to(tl.int64) * slices * 2 + z) * tl.num_programs(1) + tile
     tl.store(p_squares + to, total)
 
