@@ -25,7 +25,7 @@ FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Device(NamedTuple):
-    """What configurations depend on. arch: 80, 90, ... or "gfx942"; shared: bytes of a block."""
+    """What configurations depend on. arch: 80, 90, ... or "gfx942"; shared: bytes a block has."""
 
     backend: str
     arch: int | str
@@ -106,7 +106,8 @@ def launch(
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return launch(fn, grid, pointers, sizes, shape, constants, config)
-    aligned, kinds = True, [_kind(size) for size in sizes]
+    aligned = True
+    kinds = [_kind(size) for size in sizes]
     for p in pointers:
         if p is None:
             kinds.append(None)

@@ -45,8 +45,8 @@ def _shrink(
 
 @triton.jit(do_not_specialize=["n", "scaling", "accumulate"])
 def _expand(
-    p_h, p_b, p_y, n, scaling, accumulate, out_features, rank, stride_br, stride_bo, stride_yn, stride_yo,
-    splits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    p_h, p_b, p_y, n, scaling, accumulate, out_features, rank, stride_br, stride_bo, stride_yn,
+    stride_yo, splits, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y [n, out] from the partial h; grid (rows / BLOCK_M, out / BLOCK_N, 1)."""
@@ -102,7 +102,8 @@ def lora_delta(
         (block_m, BLOCK_R, BLOCK_K, how), SHRINK,
     )  # fmt: skip
     launch(
-        _expand, (cdiv(n, block_m), cdiv(out_features, block_n), 1), (h, B, out), (n, scaling, int(accumulate)),
+        _expand, (cdiv(n, block_m), cdiv(out_features, block_n), 1), (h, B, out),
+        (n, scaling, int(accumulate)),
         (out_features, rank, B.stride(1), B.stride(0), *out.stride(), splits),
         (block_m, block_n, BLOCK_R, how), EXPAND,
     )  # fmt: skip

@@ -8,15 +8,19 @@ import torch
 
 
 class Adapters(NamedTuple):
-    """Slots of adapters on a device. Element i of a slot, in the order that stochastic
-    rounding counts them: slice by slice A [r, in] row by row, then Bᵀ [r, out] row by row.
+    """Slots of adapters on a device: of each slice A [r, in] row by row, then Bᵀ [r, out].
+
+    Stochastic rounding counts the elements of a slot in that order, slice by slice, without
+    the gaps between slices.
 
     arena: all weights, flat. offsets int64 [slots, slices]: where A of a slice begins, a
     multiple of 16. ranks int32 [slots, slices]: 0 for a missing slice, -1 in a slot that is
-    not in use. scalings float32 [slots]. versions int64 [slots]. previous int64 [slots,
-    slices]: offsets of what history keeps, -1 for nothing (no history: an empty tensor).
-    firsts int32 [slices + 1]: where the columns of a slice begin in y. flag int32 [2]: set to
-    (1, id) by a kernel that meets an id which is no slot in use; memory the host can read.
+    not in use. scalings float32 [slots]. versions int64 [slots]: of the weights. epochs int64
+    [slots]: of the adapter, which changes when another takes its place. previous int64 [slots,
+    slices]: where the weights before an adapt are kept, in the same order (without history an
+    empty tensor); kept int32 [slots]: 1 where they are. firsts int32 [slices + 1]: where the
+    columns of a slice begin in y. flag int32 [2]: set to (1, id) by a kernel that meets an id
+    which is no slot in use; memory that the host can read.
     max_rank: no slice has more.
     """
 
@@ -25,7 +29,9 @@ class Adapters(NamedTuple):
     ranks: torch.Tensor
     scalings: torch.Tensor
     versions: torch.Tensor
+    epochs: torch.Tensor
     previous: torch.Tensor
+    kept: torch.Tensor
     firsts: torch.Tensor
     flag: torch.Tensor
     in_features: int

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import IN_INTERPRETER, Device
+from .launch import IN_INTERPRETER
 
 
 def precision(x: torch.dtype, weights: torch.dtype) -> str:

@@ -42,7 +42,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real)
 
 
+def _backend(array: Any) -> Any:
+    """What computes on an array, by where it is."""
+    return chosen(getattr(array, "is_cuda", False))
+
+
 def make_step(
+    backend: Any,
     lr: float,
     max_norm: float | None = None,
     lr_ratio: float = 1.0,
@@ -50,7 +56,7 @@ def make_step(
     weight_decay: float = 0.0,
     ewc: EWC | None = None,
 ) -> Any:
-    """The parameters of a step in the backend's form; raises TypeError, ValueError."""
+    """The parameters of a step in a backend's form; raises TypeError, ValueError."""
     if max_norm is not None and not (_is_number(max_norm) and max_norm > 0):
         raise ValueError(
             f"batched_adapt: max_norm: expected a number above 0 or None, got {max_norm!r}"
@@ -62,7 +68,7 @@ def make_step(
         raise TypeError(f"batched_adapt: ewc: expected an EWC or None, got {type(ewc).__name__}")
     storage = None if ewc is None else ewc._storage
     limit = 0.0 if max_norm is None else float(max_norm)
-    return chosen().Step(
+    return backend.Step(
         float(lr), limit, float(lr_ratio), bool(train_A), float(weight_decay), storage
     )
 
@@ -76,7 +82,7 @@ def lora_delta(
     dtype. Returns [n, out], or ``out`` (with accumulate: added to what it held).
     Fastest where B is the transpose of a contiguous array.
     """
-    return chosen().lora_delta(x, A, B, scaling, out, accumulate)
+    return _backend(x).lora_delta(x, A, B, scaling, out, accumulate)
 
 
 def batched_lora_delta(
@@ -124,7 +130,7 @@ def batched_adapt(
     or whose step would leave the range of the pool's dtype, is left untouched,
     and its rows are reported as not applied.
     """
-    step = make_step(lr, max_norm, lr_ratio, train_A, weight_decay, ewc)
+    step = make_step(pool._backend, lr, max_norm, lr_ratio, train_A, weight_decay, ewc)
     outcomes = pool._storage.adapt(x, grad, ids, weights, step)
     applied = outcomes == APPLIED
     missed = len(applied) - int(np.count_nonzero(applied))
@@ -258,7 +264,7 @@ def ewc_step(
     16 bits is rounded stochastically, keyed (seed, version); in float16 it stays
     within 65504.
     """
-    chosen().ewc_step(theta, grad, fisher, anchor, lr, ewc_lambda, seed, version)
+    _backend(theta).ewc_step(theta, grad, fisher, anchor, lr, ewc_lambda, seed, version)
 
 
 def fisher_accumulate(F: Any, g: Any, gamma: float, scale: float) -> None:
@@ -269,7 +275,7 @@ def fisher_accumulate(F: Any, g: Any, gamma: float, scale: float) -> None:
     to nearest in F's dtype. Raises ValueError (shape, overlap, gamma or scale not finite),
     TypeError (dtype).
     """
-    chosen().fisher_accumulate(F, g, gamma, scale)
+    _backend(F).fisher_accumulate(F, g, gamma, scale)
 
 
 def lora_fisher(
@@ -298,7 +304,7 @@ def lora_fisher(
 
     Raises ValueError (shape, segments, overlap, scaling not finite), TypeError (dtype).
     """
-    pair: tuple[Any, Any] = chosen().lora_fisher(x, grad, A, B, scaling, segments, out)
+    pair: tuple[Any, Any] = _backend(x).lora_fisher(x, grad, A, B, scaling, segments, out)
     return pair
 
 
@@ -311,7 +317,7 @@ def lora_fisher_factors(
     and Grosse 2015, eq. 1). x [n, in], grad [n, out] of x's dtype; precision, ``out`` and
     errors as in ``lora_fisher``.
     """
-    pair: tuple[Any, Any] = chosen().lora_fisher_factors(x, grad, out)
+    pair: tuple[Any, Any] = _backend(x).lora_fisher_factors(x, grad, out)
     return pair
 
 

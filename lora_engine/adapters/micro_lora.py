@@ -14,6 +14,7 @@ from lora_engine import ops
 from lora_engine.adapters.config import MicroLoRAConfig
 from lora_engine.adapters.pending import PendingGradient
 from lora_engine.adapters.pool import AdapterPool
+from lora_engine.backends import chosen
 
 if TYPE_CHECKING:
     from lora_engine.learning.feedback import Feedback
@@ -162,7 +163,7 @@ class MicroLoRA:
 
     def _step_of(self, lr: float) -> Any:
         """Makes the step of a learning rate, and keeps it for the next call."""
-        step = ops.make_step(lr)
+        step = ops.make_step(chosen(), lr)
         self._step = (lr, step)
         return step
 

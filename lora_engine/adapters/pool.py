@@ -33,6 +33,21 @@ def _size(name: str, value: Any) -> int:
         raise TypeError(got) from None
 
 
+def _backend_of(device: str | None) -> tuple[Any, tuple[Any, ...]]:
+    """The backend for a pool on that device, and the device where its Pool takes one."""
+    if device is not None and not isinstance(device, str):
+        raise TypeError(f"AdapterPool: device: expected a name or None, got {device!r}")
+    try:
+        backend = chosen((device or "").split(":")[0] == "cuda")
+    except RuntimeError as why:
+        raise ValueError(f"AdapterPool: device: expected cpu, got {device}: {why}") from None
+    if hasattr(backend, "pool_device"):
+        return backend, (backend.pool_device(device),)
+    if device not in (None, "cpu"):
+        raise ValueError(f"AdapterPool: device: expected cpu, got {device}")
+    return backend, ()
+
+
 class AdapterPool:
     """Slots for adapters of one shape, each of a rank of its own.
 
@@ -41,8 +56,14 @@ class AdapterPool:
     weights are stored, "float32", "bfloat16" or "float16" (rounded to nearest when
     added, so beyond 65504 to Inf in float16; stochastically when adapted, keyed
     (seed, slot, version, element), and then never to Inf).
-    capacity, max_rank: limits, default none. history=1 keeps the weights before
-    the last change, for ``rollback``, at twice the memory.
+    device: where the weights are, "cpu" or "cuda" ("cuda:1", ...), with x, ids and outputs
+    beside them; None: the CPU, or what LORA_ENGINE_BACKEND=triton computes on.
+    capacity, max_rank: limits, default none; on a GPU both together fix the storage, which
+    else doubles when it is full. history=1 keeps the weights before the last change, for
+    ``rollback``, at twice the memory.
+
+    On a GPU ids are not read by the host: a slot that is out of range or removed counts as
+    -1, and the next call that uses the pool raises IndexError.
 
     Safe to use from several threads: a forward sees an adapter as it was before
     or after an adapt, never in between.
@@ -55,14 +76,12 @@ class AdapterPool:
         in_features: int,
         out_features: int | Sequence[int],
         dtype: str = "float32",
-        device: str = "cpu",
+        device: str | None = None,
         capacity: int | None = None,
         max_rank: int | None = None,
         history: int = 0,
         seed: int = 0,
     ) -> None:
-        if device != "cpu":
-            raise ValueError(f"AdapterPool: device: expected cpu, got {device}")
         if history not in (0, 1):
             raise ValueError(f"AdapterPool: history: expected 0 or 1, got {history}")
         for name, limit in (("capacity", capacity), ("max_rank", max_rank)):
@@ -78,7 +97,8 @@ class AdapterPool:
         self.slices: tuple[int, ...] = tuple(_size("out_features", out) for out in slices)
         self.out_features = sum(self.slices)
         self.dtype = str(dtype)
-        self._storage = chosen().Pool(
+        self._backend, where = _backend_of(device)
+        self._storage = self._backend.Pool(
             self.in_features,
             list(self.slices),
             self.dtype,
@@ -86,6 +106,7 @@ class AdapterPool:
             max_rank or 0,
             history,
             seed,
+            *where,
         )
         self._pending: dict[int, PendingGradient] = {}
         # Of _pending, and held while a slot changes hands: a gradient that waits is
@@ -240,7 +261,7 @@ class AdapterPool:
         Returns, for each slot that had one, "" or why nothing was learned. The
         options are those of ``batched_adapt``.
         """
-        step = ops.make_step(lr, max_norm, lr_ratio, train_A, weight_decay, ewc)
+        step = ops.make_step(self._backend, lr, max_norm, lr_ratio, train_A, weight_decay, ewc)
         notes = {}
         with self._pending_lock:
             for slot, waiting in sorted(self._pending.items()):

@@ -71,9 +71,9 @@ def find(name: str) -> Any:
 
 
 @cache
-def chosen() -> Any:
-    """What LORA_ENGINE_BACKEND names, or the C++ backend."""
-    return find(os.environ.get("LORA_ENGINE_BACKEND") or "cpu")
+def chosen(gpu: bool = False) -> Any:
+    """What LORA_ENGINE_BACKEND names; else Triton for arrays on a GPU and C++ for others."""
+    return find(os.environ.get("LORA_ENGINE_BACKEND") or ("triton" if gpu else "cpu"))
 
 
 def backends() -> dict[str, str]:

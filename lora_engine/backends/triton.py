@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from lora_engine.backends.triton_arrays import (
-    check_device,
     check_dtype,
     check_finite,
     check_overlap,
     matrix,
     output,
+)
+from lora_engine.backends.triton_pool import (  # noqa: F401  the registry looks here for them
+    Pool,
+    pool_device,
 )
 from lora_engine.kernels import lora_delta as _lora_delta
 

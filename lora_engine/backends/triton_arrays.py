@@ -100,7 +100,7 @@ def matrix(
     cols: int | None = None,
     like: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A checked float matrix, a vector being one row; ``like``: what it must share a device with."""
+    """A checked float matrix, a vector being one row, on the device of ``like``."""
     given = tensor(op, name, array)
     check_float(op, name, given.dtype)
     given = given.unsqueeze(0) if given.ndim == 1 else given
@@ -141,9 +141,7 @@ def check_overlap(op: str, name: str, out: torch.Tensor, other_name: str, other:
     a, b = _extent(out), _extent(other)
     if a.high <= b.low or b.high <= a.low or _columns_of_one_matrix(out, other, a, b):
         return
-    raise refuse(
-        ValueError, op, name, "memory of its own", f"memory shared with {other_name}"
-    )
+    raise refuse(ValueError, op, name, "memory of its own", f"memory shared with {other_name}")
 
 
 def check_output(op: str, name: str, given: Any, out: torch.Tensor) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lora_engine.adapters.pool import AdapterPool
-from lora_engine.backends import chosen
 
 
 class EWC:
@@ -24,7 +23,7 @@ class EWC:
         self.pool = pool
         self.ewc_lambda = float(ewc_lambda)
         self.form = form
-        self._storage = chosen().Ewc(pool._storage, form, self.ewc_lambda)
+        self._storage = pool._backend.Ewc(pool._storage, form, self.ewc_lambda)
 
     def set(self, slot: int, fisher_A: Any, fisher_B: Any) -> None:
         """Records the Fisher information of a slot, and its weights now as the anchor.

@@ -1,0 +1,392 @@
+"""The pool of ``lora_engine._C`` in a device's memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lora_engine.backends.triton_arrays import (
+    DTYPES,
+    check_finite,
+    check_overlap,
+    ids_and_weights,
+    matrix,
+    output,
+    refuse,
+)
+from lora_engine.kernels.batched_lora_delta import Batch, batched_lora_delta, shrink
+from lora_engine.kernels.launch import INTERPRETED, cdiv
+from lora_engine.kernels.storage import Adapters
+
+
+def pool_device(device: str | None) -> torch.device:
+    """Where a pool of that device is; None: where the kernels run."""
+    runs_on = "cpu" if INTERPRETED else "cuda"
+    name = device or runs_on
+    if name.split(":")[0] != runs_on:
+        raise refuse(ValueError, "AdapterPool", "device", runs_on, device)
+    try:
+        return torch.empty(0, device=name).device  # with its index
+    except RuntimeError as why:
+        raise refuse(
+            ValueError, "AdapterPool", "device", "one that is there", f"{device}: {why}"
+        ) from None
+
+
+_ALIGNED = 16  # elements: where a slot's weights begin, for wide loads
+
+
+class Weights(NamedTuple):
+    """Of one adapter: flat, slice by slice A and the transpose of B; the rank of each slice."""
+
+    flat: torch.Tensor
+    ranks: tuple[int, ...]
+    scaling: float
+    epoch: int
+
+
+class _Slot(NamedTuple):
+    """What the host knows of a slot in use. replaced: what ``set`` put aside, with history."""
+
+    block: int
+    previous: int | None
+    size: int
+    ranks: tuple[int, ...]
+    epoch: int
+    replaced: Weights | None
+
+
+def _host(array: Any, op: str, name: str) -> torch.Tensor:
+    """Weights to be copied in, from wherever they are."""
+    if isinstance(array, np.ndarray):
+        array = torch.from_numpy(np.array(array)) if array.dtype.kind == "f" else array
+    if not isinstance(array, torch.Tensor) or array.dtype not in DTYPES.values():
+        got = getattr(array, "dtype", type(array).__name__)
+        raise refuse(TypeError, op, name, "float32, bfloat16 or float16", got)
+    return array.detach()
+
+
+class Pool:
+    """As ``_C.Pool``: slots in one arena, with tables that kernels read.
+
+    With a capacity and a max_rank everything is allocated at once and stays where it is;
+    else arena and tables double when they are full. Slot ids are checked on the device: a
+    bad one counts as -1, and the next call of the host raises IndexError.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: Sequence[int],
+        dtype: str,
+        capacity: int,
+        max_rank: int,
+        history: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        op = "AdapterPool"
+        if dtype not in DTYPES:
+            raise refuse(TypeError, op, "dtype", "float32, bfloat16 or float16", dtype)
+        for name, size in (
+            ("in_features", in_features),
+            *(("out_features", o) for o in out_features),
+        ):
+            if not 1 <= size < 2**31:
+                raise refuse(ValueError, op, name, "1 to 2^31 - 1", size)
+        if not out_features:
+            raise refuse(ValueError, op, "out_features", "at least one slice", 0)
+        self.in_features, self.outs = in_features, tuple(out_features)
+        self.dtype, self.capacity, self.max_rank = dtype, capacity, max_rank
+        self.history, self.seed = history, seed
+        self.device = device
+        self.lock = threading.RLock()  # what one call enqueues, no other call comes between
+        self._slots: dict[int, _Slot] = {}
+        self._freed: list[int] = []
+        self._issued = self._epochs = self._end = 0
+        self._blocks: dict[int, list[int]] = {}  # free ones, by size
+        fixed = self._block_size((max_rank,) * len(self.outs)) if capacity and max_rank else 0
+        self._fixed = fixed
+        self.adapters = self._tables(capacity or 16, capacity * fixed * (1 + history))
+
+    def _new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> torch.Tensor:
+        return torch.full(shape, fill, dtype=dtype, device=self.device)
+
+    def _tables(self, slots: int, elements: int) -> Adapters:
+        shape = (slots, len(self.outs))
+        firsts = np.cumsum([0, *self.outs])
+        flag = torch.zeros(2, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        return Adapters(
+            arena=self._new((elements,), DTYPES[self.dtype]),
+            offsets=self._new(shape, torch.int64),
+            ranks=self._new(shape, torch.int32, -1),
+            scalings=self._new((slots,), torch.float32),
+            versions=self._new((slots,), torch.int64),
+            epochs=self._new((slots,), torch.int64),
+            previous=self._new(shape if self.history else (0, len(self.outs)), torch.int64, -1),
+            kept=self._new((slots,), torch.int32),
+            firsts=torch.tensor(firsts, dtype=torch.int32, device=self.device),
+            flag=flag,
+            in_features=self.in_features,
+            outs=self.outs,
+            max_rank=self.max_rank if self._fixed else 0,
+        )
+
+    # ---- blocks of the arena ----
+
+    def _elements(self, ranks: Sequence[int]) -> int:
+        return sum(r * (self.in_features + o) for r, o in zip(ranks, self.outs, strict=True))
+
+    def _block_size(self, ranks: Sequence[int]) -> int:
+        each = zip(ranks, self.outs, strict=True)
+        return sum(cdiv(r * (self.in_features + o), _ALIGNED) * _ALIGNED for r, o in each)
+
+    def _take(self, size: int) -> int:
+        free = self._blocks.get(size)
+        if free:
+            return free.pop()
+        begin, self._end = self._end, self._end + size
+        arena = self.adapters.arena
+        if self._end > arena.numel():
+            larger = self._new((max(2 * arena.numel(), self._end),), arena.dtype)
+            larger[: arena.numel()] = arena
+            self.adapters = self.adapters._replace(arena=larger)
+        return begin
+
+    def _give(self, block: int | None, size: int) -> None:
+        if block is not None and size:
+            self.adapters.arena[block : block + size] = 0
+            self._blocks.setdefault(size, []).append(block)
+
+    def _grow_tables(self) -> None:
+        held = self.adapters.ranks.shape[0]
+        if self._issued < held:
+            return
+        larger = self._tables(2 * held, 0)
+        for name in ("offsets", "ranks", "scalings", "versions", "epochs", "previous", "kept"):
+            old = getattr(self.adapters, name)
+            getattr(larger, name)[: old.shape[0]] = old
+            self.adapters = self.adapters._replace(**{name: getattr(larger, name)})
+
+    # ---- adapters in and out ----
+
+    def _read(self, op: str, A: list[Any], B: list[Any], scaling: float) -> Weights:
+        """The adapter as it will be stored; refuses what does not fit."""
+        for name, factors in (("A", A), ("B", B)):
+            if len(factors) != len(self.outs):
+                raise refuse(ValueError, op, name, f"{len(self.outs)} slices", len(factors))
+        if all(a is None and b is None for a, b in zip(A, B, strict=True)):
+            raise refuse(ValueError, op, "A, B", "at least one slice", "none")
+        check_finite(op, "scaling", scaling)
+        ranks, parts = [], []
+        for s, (a, b, out) in enumerate(zip(A, B, self.outs, strict=True)):
+            if (a is None) != (b is None):
+                raise refuse(ValueError, op, "A, B", f"both or neither of slice {s}", "one")
+            if a is None:
+                ranks.append(0)
+                continue
+            a, b = _host(a, op, "A"), _host(b, op, "B")
+            for name, got, axis, size in (("A", a, 1, self.in_features), ("B", b, 0, out)):
+                if got.ndim != 2 or got.shape[axis] != size:
+                    want = f"[r, {size}]" if axis else f"[{size}, r]"
+                    raise refuse(ValueError, op, name, f"shape {want}", list(got.shape))
+            if b.shape[1] != a.shape[0]:
+                want = f"shape [{out}, {a.shape[0]}], the rank of A"
+                raise refuse(ValueError, op, "B", want, list(b.shape))
+            if self.max_rank and a.shape[0] > self.max_rank:
+                raise refuse(ValueError, op, "A", f"a rank of at most {self.max_rank}", a.shape[0])
+            ranks.append(a.shape[0])
+            part = torch.cat([a.float().reshape(-1), b.float().T.reshape(-1).to(a.device)])
+            parts.append(part.to(self.device, DTYPES[self.dtype]))
+        return Weights(self._spaced(parts), tuple(ranks), float(scaling), 0)
+
+    def _spaced(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Parts one after another, each from a multiple of _ALIGNED on."""
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(p, (0, -p.numel() % _ALIGNED)) for p in parts])
+
+    def _place(self, slot: int, weights: Weights, replaced: Weights | None) -> None:
+        """Writes an adapter to a slot whose earlier blocks were given back."""
+        size = self._fixed or weights.flat.numel()
+        block = self._take(size)
+        previous = self._take(size) if self.history else None
+        self.adapters.arena[block : block + weights.flat.numel()] = weights.flat
+        widest = max(self.adapters.max_rank, *weights.ranks)
+        self.adapters = self.adapters._replace(max_rank=widest)
+        epoch = weights.epoch
+        if not epoch:
+            self._epochs += 1
+            epoch = self._epochs
+        a, starts, at = self.adapters, [], 0
+        for rank, out in zip(weights.ranks, self.outs, strict=True):
+            starts.append(at)
+            at += cdiv(rank * (self.in_features + out), _ALIGNED) * _ALIGNED
+        begin = torch.tensor(starts, dtype=torch.int64, device=self.device)
+        a.offsets[slot] = begin + block
+        if previous is not None:
+            a.previous[slot] = begin + previous
+        a.ranks[slot] = torch.tensor(weights.ranks, dtype=torch.int32, device=self.device)
+        a.scalings[slot] = weights.scaling
+        a.epochs[slot] = epoch
+        a.kept[slot] = 0
+        a.versions[slot] += 1
+        self._slots[slot] = _Slot(block, previous, size, weights.ranks, epoch, replaced)
+
+    def _release(self, slot: int) -> None:
+        held = self._slots.pop(slot)
+        self._give(held.block, held.size)
+        self._give(held.previous, held.size)
+
+    def slot(self, op: str, slot: int) -> _Slot:
+        """What the host knows of a slot in use, or IndexError."""
+        self.raise_bad_id()
+        held = self._slots.get(slot)
+        if held is None:
+            removed = 0 <= slot < self._issued
+            want = "a slot in use" if removed else f"one of the pool's {self._issued} slots"
+            raise refuse(
+                IndexError, op, "slot", want, f"{slot}, which was removed" if removed else slot
+            )
+        return held
+
+    def _weights(self, slot: int, block: int, ranks: tuple[int, ...]) -> Weights:
+        flat = self.adapters.arena[block : block + self._block_size(ranks)].clone()
+        scaling = float(self.adapters.scalings[slot])
+        return Weights(flat, ranks, scaling, self._slots[slot].epoch)
+
+    def add(self, A: list[Any], B: list[Any], scaling: float) -> int:
+        op = "AdapterPool.add"
+        with self.lock:
+            self.raise_bad_id()
+            weights = self._read(op, A, B, scaling)
+            if self.capacity and len(self._slots) >= self.capacity:
+                got = f"a pool at its capacity of {self.capacity}"
+                raise refuse(ValueError, op, "pool", "room for an adapter", got)
+            if self._freed:
+                slot = self._freed.pop(0)
+            else:
+                self._grow_tables()
+                slot, self._issued = self._issued, self._issued + 1
+            self._place(slot, weights, None)
+            return slot
+
+    def set(self, slot: int, A: list[Any], B: list[Any], scaling: float) -> None:
+        with self.lock:
+            held = self.slot("AdapterPool.set", slot)
+            weights = self._read("AdapterPool.set", A, B, scaling)
+            replaced = self._weights(slot, held.block, held.ranks) if self.history else None
+            self._release(slot)
+            self._place(slot, weights, replaced)
+
+    def rollback(self, slot: int) -> None:
+        op = "AdapterPool.rollback"
+        with self.lock:
+            held = self.slot(op, slot)
+            if not self.history:
+                raise refuse(ValueError, op, "pool", "history=1", "a pool made with history=0")
+            weights = held.replaced
+            if held.previous is not None and bool(self.adapters.kept[slot]):
+                weights = self._weights(slot, held.previous, held.ranks)
+            if weights is None:
+                got = f"none kept for slot {slot}"
+                raise refuse(ValueError, op, "slot", "weights before the last change", got)
+            self._release(slot)
+            self._place(slot, weights, None)
+
+    def remove(self, slot: int) -> None:
+        with self.lock:
+            self.slot("AdapterPool.remove", slot)
+            self.adapters.ranks[slot] = -1
+            self._release(slot)
+            self._freed.append(slot)
+
+    def get(self, slot: int) -> tuple[list[Any], list[Any], float]:
+        with self.lock:
+            held = self.slot("AdapterPool.get", slot)
+            weights = self._weights(slot, held.block, held.ranks)
+        values, at = weights.flat.float().cpu().numpy(), 0
+        A: list[Any] = []
+        B: list[Any] = []
+        for rank, out in zip(held.ranks, self.outs, strict=True):
+            middle, end = at + rank * self.in_features, at + rank * (self.in_features + out)
+            missing = not rank and len(self.outs) > 1
+            A.append(None if missing else values[at:middle].reshape(rank, self.in_features).copy())
+            B.append(None if missing else values[middle:end].reshape(rank, out).T.copy())
+            at += cdiv(end - at, _ALIGNED) * _ALIGNED
+        return A, B, weights.scaling
+
+    def ranks(self, slot: int) -> list[int]:
+        return list(self.slot("AdapterPool.ranks", slot).ranks)
+
+    def version(self, slot: int) -> int:
+        self.slot("AdapterPool.version", slot)
+        return int(self.adapters.versions[slot])
+
+    def info(self) -> tuple[int, int, int]:
+        tensors = [t for t in self.adapters if isinstance(t, torch.Tensor)]
+        return len(self._slots), self._issued, sum(t.numel() * t.element_size() for t in tensors)
+
+    # ---- ops ----
+
+    def raise_bad_id(self) -> None:
+        """Raises IndexError for a bad id that a kernel met in an earlier call."""
+        flag = self.adapters.flag
+        if flag[0]:
+            got = int(flag[1])
+            flag.zero_()
+            raise refuse(
+                IndexError, "AdapterPool", "ids", "-1 or slots in use in the calls before",
+                f"{got}, which was taken for -1",
+            )  # fmt: skip
+
+    def batch(self, op: str, ids: Any, weights: Any, x: torch.Tensor, transposed: bool) -> Batch:
+        """Checked ids and weights with this pool's tables."""
+        if x.device != self.device:
+            where = f"a tensor on {self.device}, where the pool is"
+            raise refuse(ValueError, op, "x", where, x.device)
+        given = ids_and_weights(op, ids, weights, x)
+        return Batch(self.adapters, given.slots, given.weights, transposed)
+
+    def forward(
+        self, x: Any, ids: Any, weights: Any, out: Any, accumulate: bool, transposed: bool = False
+    ) -> Any:
+        op = "batched_lora_delta"
+        with self.lock:
+            self.raise_bad_id()
+            widths = self.in_features, sum(self.outs)
+            rows = matrix(op, "x", x, None, widths[transposed])
+            batch = self.batch(op, ids, weights, rows, transposed)
+            to = output(op, x, rows, out, widths[not transposed])
+            for name, other in (("ids", batch.ids), ("weights", batch.weights)):
+                check_overlap(op, "out", to.rows, name, other)
+            batched_lora_delta(rows, batch, to.rows, accumulate and out is not None)
+            return to.result
+
+    def _all_of(self, slot: int, n: int) -> torch.Tensor:
+        """ids that name one slot n times."""
+        return torch.full((1,), slot, dtype=torch.int32, device=self.device).expand(n)
+
+    def forward_slot(
+        self, x: Any, slot: int, out: Any, accumulate: bool, transposed: bool, width: int
+    ) -> Any:
+        self.slot("MicroLoRA.forward", slot)
+        n = x.shape[0] if getattr(x, "ndim", 1) == 2 else 1
+        return self.forward(x, self._all_of(slot, n), None, out, accumulate, transposed)
+
+    def shrink(self, x: Any, slot: int) -> Any:
+        """h = A x [n, sum of ranks] float32."""
+        op = "AdapterPool.shrink"
+        with self.lock:
+            ranks = self.slot(op, slot).ranks
+            rows = matrix(op, "x", x, None, self.in_features)
+            batch = self.batch(op, self._all_of(slot, rows.shape[0]), None, rows, False)
+            partial, splits = shrink(rows, batch)
+            n, each = rows.shape[0], batch.rank_stride
+            held = partial[: n * splits * len(ranks) * each].view(n, splits, len(ranks), each)
+            parts = [held[:, :, s, :r].sum(1) for s, r in enumerate(ranks) if r]
+            h = torch.cat(parts, 1) if parts else rows.new_zeros((n, 0), dtype=torch.float32)
+        return h if isinstance(x, torch.Tensor) else h.numpy()
