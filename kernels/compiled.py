@@ -26,13 +26,16 @@ _MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_\w+|v_s
 
 
 class Resources(NamedTuple):
-    """registers: of a thread. spills: registers, and bytes of a thread's stack, in memory.
+    """What a kernel takes, by its machine code.
 
-    shared: bytes of a block. matrix: whether matrix instructions are there.
+    registers: of a thread. spills: bytes of a thread's memory that stand for registers.
+    scalar_spills: AMD's scalar registers that are kept in lanes of vector registers, not in
+    memory. shared: bytes of a block. matrix: whether matrix instructions are there.
     """
 
     registers: int
     spills: int
+    scalar_spills: int
     shared: int
     matrix: bool
 
@@ -121,25 +124,27 @@ def compile_variant(variant: Variant, device: Device, plain: bool = False) -> An
 
 def resources(kernel: Any) -> Resources:
     """Read from the machine code, not from what the compiler meant to use."""
-    shared = kernel.metadata.shared
+    shared = kernel.metadata.shared  # given at launch
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
 
         def field(name: str) -> int:
             return int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
 
-        names = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
         return Resources(
             field("vgpr_count"),
-            sum(field(name) for name in names),
+            field("private_segment_fixed_size") + 4 * field("vgpr_spill_count"),
+            field("sgpr_spill_count"),
             max(shared, field("group_segment_fixed_size")),
             bool(_MATRIX.search(text)),
         )
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", _cuobjdump(kernel, "-res-usage")))
+    reserved = 1024 if kernel.metadata.target.arch >= 90 else 0  # by the system, past the limit
     return Resources(
         int(usage["REG"]),
         int(usage["STACK"]) + int(usage["LOCAL"]),
-        shared + int(usage["SHARED"]),
+        0,
+        shared + int(usage["SHARED"]) - reserved,
         bool(_MATRIX.search(kernel.asm["ptx"])),
     )
 
@@ -162,7 +167,7 @@ def problems(variant: Variant, device: Device, used: Resources) -> list[str]:
     """What keeps the kernel from running well on the device, in words."""
     found = []
     if used.spills:
-        found.append(f"{used.spills} spilled at {used.registers} registers a thread")
+        found.append(f"{used.spills} bytes spilled at {used.registers} registers a thread")
     if used.shared > device.shared:
         found.append(f"{used.shared} bytes of shared memory, there are {device.shared}")
     if variant.matrix and not used.matrix:

@@ -134,7 +134,7 @@ def launch(
         _HANDLES[key] = handle
 
 
-def _kind(size: float) -> Any:
+def _kind(size: Any) -> Any:
     """What of a size Triton compiles into the kernel: its type."""
     if isinstance(size, float):
         return float

@@ -346,7 +346,7 @@ def test_the_gate_sees_what_it_looks_for(name: str) -> None:
     assert not wrong
     assert 0 < used.shared <= 8192
     used, wrong = check(128 if device.backend == "cuda" else 256, "tf32")
-    assert wrong == f"{used.spills} spilled at {used.registers} registers a thread"
+    assert wrong == f"{used.spills} bytes spilled at {used.registers} registers a thread"
     assert used.spills > 100
     if device.backend == "cuda":  # AMD's matrix instructions multiply float32 too
         assert check(16, "ieee")[1] == "no matrix instructions"
