@@ -38,6 +38,7 @@ GATED = [name for name, module in MODULES.items() if hasattr(module, "variants")
 PLAIN = (False, True) if os.environ.get("LORA_ENGINE_TEST_PROFILE") == "full" else (False,)
 CASES = [(name, device) for name in GATED for device in DEVICES]
 
+WORKER = Path(__file__).with_name("compile_kernels.py")
 KINDS = (JITFunction, InterpretedFunction)
 Answers = list[Future[dict[str, Any]]]
 
@@ -45,7 +46,8 @@ Answers = list[Future[dict[str, Any]]]
 class Compilers:
     """A process a core, kept over many compilations; started anew where one died."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, script: Path = WORKER) -> None:
+        self.script = script
         self.environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
         self.environment.pop("TRITON_INTERPRET", None)
         self.threads = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 16))
@@ -75,7 +77,7 @@ class Compilers:
 
     def _start(self) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))],
+            [sys.executable, str(self.script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=self.environment,
@@ -179,3 +181,35 @@ def test_every_kernel_is_a_variant(device: str) -> None:
         if fn not in gated and (fn not in helpers or fn in launched(module))
     ]
     assert not missing, f"not in variants(), and not a helper of another kernel: {missing}"
+
+
+FAILS = """
+import json, os, signal, sys, time
+for line in sys.stdin:
+    index = json.loads(line)["index"]
+    if index == 1:
+        os._exit(3)
+    if index == 2:
+        signal.alarm(1)
+    if index >= 2:
+        time.sleep(600)
+    print(json.dumps({"problems": []}), flush=True)
+"""
+
+
+def test_a_compiler_that_dies_or_hangs_is_told_and_ended(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    compilers = Compilers(tmp_path, script)
+    try:
+        futures = [compilers.submit("m", "sm_90", index, False) for index in (0, 1, 0, 2, 0)]
+        assert [future.result()["problems"] for future in futures] == [
+            [], ["ended the compiler with 3"], [], ["took too long"], [],
+        ]  # fmt: skip
+        for _ in range(40):  # more than there are processes
+            compilers.submit("m", "sm_90", 3, False)
+        begun = time.monotonic()
+    finally:
+        compilers.close()
+    assert time.monotonic() - begun < 60
+    assert all(process.returncode is not None for process in compilers.started)
