@@ -10,7 +10,6 @@ import ast
 import inspect
 import json
 import os
-import pkgutil
 import signal
 import subprocess
 import sys
@@ -19,22 +18,19 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from threading import local
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from helpers_kernels import GATED, MODULES
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-import lora_engine.kernels
-from lora_engine.kernels.launch import DEVICES
+from lora_engine.kernels.launch import DEVICES, INTERPRETED, device_of
 
-FILES = sorted({m.name for m in pkgutil.iter_modules(lora_engine.kernels.__path__)})
-MODULES = {name: import_module(f"lora_engine.kernels.{name}") for name in FILES}
-GATED = [name for name, module in MODULES.items() if hasattr(module, "variants")]
 PLAIN = (False, True) if os.environ.get("LORA_ENGINE_TEST_PROFILE") == "full" else (False,)
 CASES = [(name, device) for name in GATED for device in DEVICES]
 
@@ -213,3 +209,14 @@ def test_a_compiler_that_dies_or_hangs_is_told_and_ended(tmp_path: Path) -> None
         compilers.close()
     assert time.monotonic() - begun < 60
     assert all(process.returncode is not None for process in compilers.started)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="launches are checked in the interpreter")
+def test_a_launch_that_is_no_variant_fails() -> None:
+    module = MODULES["lora_delta"]
+    variant = next(iter(module.variants(device_of(None))))
+    pointers = (torch.zeros(1, dtype=torch.int8),) * len(variant.pointers)
+    with pytest.raises(AssertionError, match="no variant: _shrink"):
+        module.launch(
+            variant.fn, (0, 1, 1), pointers, (1,), variant.shape, variant.constants, variant.config
+        )
