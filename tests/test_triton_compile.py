@@ -127,7 +127,7 @@ def test_every_variant_compiles(
     found = [future.result() for future in answers[case]]
     with capsys.disabled():
         seconds = sum(answer["seconds"] for answer in found)
-        print(f"{module} {device}: {len(found)} compiled, {seconds:.0f} s ", end="", flush=True)
+        print(f"\n{module} {device}: {len(found)} in {seconds:.0f} s ", end="", flush=True)
     wrong = [
         f"{name}{' (odd shape)' if i % len(PLAIN) else ''}: {', '.join(answer['problems'])}"
         for i, (name, answer) in enumerate(zip(names, found, strict=True))
