@@ -47,7 +47,7 @@ def _single(value: float) -> np.float32:
 def _checked(op: str, pool: Pool, step: Step) -> steps.Step:
     """The step in the numbers that kernels take, computed in float32."""
     lr, ratio, decay = _single(step.lr), _single(step.lr_ratio), _single(step.weight_decay)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         lr_B = lr * ratio
         strongest = lr * max(np.float32(1), ratio) * decay
     for name, value in (
