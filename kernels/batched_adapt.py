@@ -14,7 +14,7 @@ import triton.language as tl
 from .ewc_delta import solve
 from .gradient import (
     GROUP,
-    PART,
+    HALF,
     TILE,
     Samples,
     by_groups,
@@ -59,15 +59,15 @@ def _learn(
 
 @triton.jit(
     do_not_specialize=[
-        "k", "buffered", "scale", "train_A", "pair_stride", "ranks", "lr_A", "lr_B", "decay_A",
+        "buffered", "scale", "train_A", "pair_stride", "ranks", "lr_A", "lr_B", "decay_A",
         "decay_B", "max_norm", "reach", "largest", "seed_low", "seed_high", "history", "records",
         "penalty_A", "penalty_B", "apart",
     ]
 )  # fmt: skip
 def _update(
-    p_x, p_grad, p_keys, p_order, p_runs, p_arena, p_offsets, p_ranks, p_versions, p_previous,
+    p_x, p_grad, p_keys, p_runs, p_arena, p_offsets, p_ranks, p_versions, p_previous,
     p_epochs, p_firsts, p_f, p_buffer, p_squares, p_records, p_outcomes, p_norms,
-    k, buffered, scale, train_A, pair_stride, ranks, lr_A, lr_B, decay_A, decay_B, max_norm, reach,
+    buffered, scale, train_A, pair_stride, ranks, lr_A, lr_B, decay_A, decay_B, max_norm, reach,
     largest, seed_low, seed_high, history, records, penalty_A, penalty_B, apart,
     in_features, unit, slices, stride_xn, stride_gn, splits,
 ):  # fmt: skip
@@ -76,10 +76,10 @@ def _update(
     apart: a slot with an EWC record is only copied to its history, and learns elsewhere.
     """
     p, tile, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start = tl.load(p_runs + 3 * p.to(tl.int64))
+    start = tl.load(p_runs + 4 * p.to(tl.int64))
     if start != p:
         return
-    last = tl.load(p_runs + 3 * p.to(tl.int64) + 1)
+    last = tl.load(p_runs + 4 * p.to(tl.int64) + 1)
     slot = tl.load(p_keys + p)
     norm = norm_of(
         p_squares, p_ranks, p_firsts, slot, p, train_A, tl.num_programs(1), in_features, slices
@@ -116,11 +116,11 @@ def _update(
     if by_groups(start, last, rank, buffered):
         for r0 in range(0, rank, GROUP):
             i_r = r0 + tl.arange(0, GROUP)
-            for c0 in range(c_first, tl.minimum(c_first + TILE, width), PART):
-                i_c = c0 + tl.arange(0, PART)[None, :]
+            for c0 in range(c_first, tl.minimum(c_first + TILE, width), HALF):
+                i_c = c0 + tl.arange(0, HALF)[None, :]
                 b_g = many_rows(
-                    p_x, p_grad, p_order, p_f, start, last, z, i_r, i_r < rank, first, i_c,
-                    i_c < width, k, stride_xn, stride_gn, pair_stride, splits, ranks,
+                    p_x, p_grad, p_runs, p_f, start, last, z, i_r, i_r < rank, first, i_c,
+                    i_c < width, stride_xn, stride_gn, pair_stride, splits, ranks,
                 )  # fmt: skip
                 i = i_r.to(tl.int64)[:, None] * width + i_c
                 _learn(
@@ -132,8 +132,8 @@ def _update(
         i_c = c_first + tl.arange(0, TILE)[None, :]
         for r in range(rank):
             b_g = few_rows(
-                p_x, p_grad, p_order, p_f, p_buffer, buffered, scale, start, last, z, r, first,
-                width, element, i_c, i_c < width, k, stride_xn, stride_gn, pair_stride, splits,
+                p_x, p_grad, p_runs, p_f, p_buffer, buffered, scale, start, last, z, r, first,
+                width, element, i_c, i_c < width, stride_xn, stride_gn, pair_stride, splits,
                 ranks,
             )  # fmt: skip
             i = r * width.to(tl.int64) + i_c
@@ -144,7 +144,7 @@ def _update(
             )  # fmt: skip
 
 
-UPDATE = Config(4, 2, fp_fusion=False)
+UPDATE = Config(4, 1, fp_fusion=False)
 
 
 def update(adapters: Adapters, samples: Samples, step: Step) -> Outcome:
@@ -162,7 +162,7 @@ def update(adapters: Adapters, samples: Samples, step: Step) -> Outcome:
          a.previous if history else a.offsets, a.epochs, a.firsts, samples.f,
          samples.f if samples.buffer is None else samples.buffer, squares,
          a.epochs if records is None else records.table, outcomes, norms),
-        (runs.k, int(samples.buffer is not None), samples.scale, int(step.train_A), *strides_of(a),
+        (int(samples.buffer is not None), samples.scale, int(step.train_A), *strides_of(a),
          step.lr_A, step.lr_B, step.decay_A, step.decay_B, step.max_norm, step.reach,
          3e4 if a.arena.dtype == torch.float16 else 1e38, *seed_words(step.seed), int(history),
          0 if records is None else records.table.shape[0], penalty * step.lr_A,
@@ -232,9 +232,9 @@ def variants(device: Device) -> Variants:
         names = FLOATS[x], FLOATS[w]
         yield Variant(
             f"adapt-update-{names[0]}-{names[1]}", _update,
-            (names[0], names[0], "i32", "i64", "i32", names[1], "i64", "i32", "i64", "i64", "i64",
+            (names[0], names[0], "i32", "i32", names[1], "i64", "i32", "i64", "i64", "i64",
              "i32", "fp32", "fp32", "fp64", "i64", "i32", "fp64"),
-            ("i32", "i32", "fp32", "i32", "i32", "i32", *("fp32",) * 7, *("i32",) * 4, "fp32",
+            ("i32", "fp32", "i32", "i32", "i32", *("fp32",) * 7, *("i32",) * 4, "fp32",
              "fp32", "i32"),
             (4096, 16, 1, 4096, 4096, spans(4096)[0]), (), UPDATE, False,
         )  # fmt: skip

@@ -36,6 +36,7 @@ from .gradient import (
     Samples,
     elements_before,
     factor,
+    row_of,
     spans,
     splits_of,
     strides_of,
@@ -51,7 +52,7 @@ from .storage import Adapters
 @triton.jit
 def _learner(p_keys, p_runs, p_outcomes, p_ranks, p_epochs, p_records, records, p, s, slices):
     """(slot, rank of its slice s, address of its record): rank 0 where there is nothing to do."""
-    start = tl.load(p_runs + 3 * p.to(tl.int64))
+    start = tl.load(p_runs + 4 * p.to(tl.int64))
     leads = start == p
     leads &= tl.load(p_outcomes + p, leads, 0) == 1
     slot = tl.load(p_keys + p, leads, 0)
@@ -219,14 +220,14 @@ def _eliminated(
 
 @triton.jit(
     do_not_specialize=[
-        "k", "buffered", "scale", "pair_stride", "ranks", "records", "side", "lr", "decay", "pull",
+        "buffered", "scale", "pair_stride", "ranks", "records", "side", "lr", "decay", "pull",
         "max_norm", "seed_low", "seed_high",
     ]
 )  # fmt: skip
 def _solve(
-    p_x, p_grad, p_keys, p_order, p_runs, p_outcomes, p_norms, p_arena, p_offsets, p_ranks,
+    p_x, p_grad, p_keys, p_runs, p_outcomes, p_norms, p_arena, p_offsets, p_ranks,
     p_scalings, p_versions, p_epochs, p_firsts, p_f, p_buffer, p_records,
-    k, buffered, scale, pair_stride, ranks, records, side, lr, decay, pull, max_norm, seed_low,
+    buffered, scale, pair_stride, ranks, records, side, lr, decay, pull, max_norm, seed_low,
     seed_high, in_features, unit, slices, stride_xn, stride_gn, splits,
     BLOCK_R: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -250,8 +251,8 @@ def _solve(
         b_g = scale * tl.load(p_buffer + element + i, m, 0.0)
     else:
         b_g = tl.zeros((BLOCK_R, COLUMNS), tl.float32)
-        for q in range(p, tl.load(p_runs + 3 * p.to(tl.int64) + 1)):
-            row = tl.load(p_order + q) // k
+        for q in range(p, tl.load(p_runs + 4 * p.to(tl.int64) + 1)):
+            row = row_of(p_runs, q)
             p_r = p_f + q * pair_stride.to(tl.int64) + (z ^ 1) * splits * ranks + i_r
             b_f = tl.load(p_r, m_r, 0.0)
             for split in range(1, splits):
@@ -285,7 +286,7 @@ def _solve(
     tl.store(p_own + i, b_new, m)
 
 
-CONFIG = Config(4, 1, fp_fusion=False)
+CONFIG, REDUCE = Config(4, 1, fp_fusion=False), Config(2, 1, fp_fusion=False)
 BLOCKS = (4, 32, 256)  # ranks of a block
 WIDEST = BLOCKS[-1]
 TILE = 1024  # elements
@@ -317,16 +318,16 @@ def solve(adapters: Adapters, samples: Samples, made: Outcome, step: Step) -> No
         launch(
             _tridiagonal, (runs.pairs, 1, slices),
             (runs.keys, runs.table, made.outcomes, a.ranks, a.epochs, table), (table.shape[0],),
-            (slices,), (block, min(block, TILE // block)), CONFIG,
+            (slices,), (block, min(block, TILE // 2 // block)), REDUCE,
         )  # fmt: skip
         width = max(a.outs) if side else a.in_features
         lr, decay = (step.lr_B, step.decay_B) if side else (step.lr_A, step.decay_A)
         launch(
             _solve, (runs.pairs, cdiv(width, TILE // block), slices),
-            (x, grad, runs.keys, runs.order, runs.table, made.outcomes, made.norms, a.arena,
+            (x, grad, runs.keys, runs.table, made.outcomes, made.norms, a.arena,
              a.offsets, a.ranks, a.scalings, a.versions, a.epochs, a.firsts, samples.f,
              samples.f if samples.buffer is None else samples.buffer, table),
-            (runs.k, int(samples.buffer is not None), samples.scale, *strides_of(a), table.shape[0],
+            (int(samples.buffer is not None), samples.scale, *strides_of(a), table.shape[0],
              side, lr, decay, lr * records.penalty, step.max_norm, *seed_words(step.seed)),
             (*shape, x.stride(0), grad.stride(0), splits_of(a)), (block, TILE // block), CONFIG,
         )  # fmt: skip
@@ -339,7 +340,7 @@ def variants(device: Device) -> Variants:
         yield Variant(
             f"ewc_delta-tridiagonal-{block}", _tridiagonal,
             ("i32", "i32", "i32", "i32", "i64", "i64"), ("i32",), (1,),
-            (block, min(block, TILE // block)), CONFIG, False,
+            (block, min(block, TILE // 2 // block)), REDUCE, False,
         )  # fmt: skip
     for w in FLOATS:
         name = FLOATS[w]
@@ -351,8 +352,8 @@ def variants(device: Device) -> Variants:
         for block in BLOCKS:
             yield Variant(
                 f"ewc_delta-solve-{name}-{block}", _solve,
-                ("fp32", "fp32", "i32", "i64", "i32", "i32", "fp64", name, "i64", "i32", "fp32",
+                ("fp32", "fp32", "i32", "i32", "i32", "fp64", name, "i64", "i32", "fp32",
                  "i64", "i64", "i32", "fp32", "fp32", "i64"),
-                ("i32", "i32", "fp32", "i32", "i32", "i32", "i32", *("fp32",) * 4, "i32", "i32"),
+                ("i32", "fp32", "i32", "i32", "i32", "i32", *("fp32",) * 4, "i32", "i32"),
                 (4096, 16, 1, 4096, 4096, splits), (block, TILE // block), CONFIG, False,
             )  # fmt: skip

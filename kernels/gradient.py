@@ -25,8 +25,8 @@ from .tiles import precision, project
 
 TILE = tl.constexpr(512)  # columns a block goes through
 GROUP = tl.constexpr(16)  # rows and ranks of one matrix product
-PART = tl.constexpr(128)  # and its columns
-HALF = tl.constexpr(64)  # columns of a step of the sum over them
+HALF = tl.constexpr(64)  # and its columns
+PART = tl.constexpr(128)  # columns of one row taken at once where there are many ranks
 GROUPED = tl.constexpr(8)  # a run of so many pairs is taken by groups
 
 
@@ -86,14 +86,10 @@ def _one_row(
 
 @triton.jit
 def _rows(
-    p_weights, p_x, p_grad, p_to, z, row, m_row, stride_xn, stride_gn, first, rank, width, c_first,
-    c_last, scale, pair_stride, PRECISION: tl.constexpr,
+    p_weights, rows, p_to, m_row, rank, width, c_first, c_last, scale, pair_stride,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same for GROUP rows, which go to p_to and on by pair_stride."""
-    if z % 2 == 0:
-        rows = p_x + row * stride_xn
-    else:
-        rows = p_grad + row * stride_gn + first
     to = p_to + tl.arange(0, GROUP).to(tl.int64)[:, None] * pair_stride
     for r0 in range(0, rank, GROUP):
         i_r = r0 + tl.arange(0, GROUP)
@@ -116,8 +112,8 @@ def _project(
     A run of few pairs: a block for each. A longer one: a block for each GROUP.
     """
     p, split, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start = tl.load(p_runs + 3 * p.to(tl.int64))
-    last = tl.load(p_runs + 3 * p.to(tl.int64) + 1, start >= 0, 0)
+    start = tl.load(p_runs + 4 * p.to(tl.int64))
+    last = tl.load(p_runs + 4 * p.to(tl.int64) + 1, start >= 0, 0)
     grouped = last - start >= GROUPED
     if (start < 0) | (grouped & ((p - start) % GROUP != 0)):
         return
@@ -127,7 +123,7 @@ def _project(
     p_own = p_arena + tl.multiple_of(offset, 16) + (z % 2) * rank.to(tl.int64) * in_features
     scale = tl.load(p_scalings + slot)
     if mean:
-        scale /= tl.load(p_runs + 3 * p.to(tl.int64) + 2).to(tl.float32)
+        scale /= tl.load(p_runs + 4 * p.to(tl.int64) + 2).to(tl.float32)
     span = tl.cdiv(tl.cdiv(width, splits), PART) * PART
     c_first, c_last = split * span, tl.minimum((split + 1) * span, width)
     p_to = p_f + p.to(tl.int64) * pair_stride + (z * splits + split) * ranks
@@ -136,13 +132,14 @@ def _project(
     pair = tl.load(p_order + i_p, m_p, 0)
     at = pair // k * stride_wn + pair % k * stride_wk
     scales = tl.load(p_weights + at, m_p & (weighted != 0), 1.0) * scale
-    if grouped:
-        _rows(
-            p_own, p_x, p_grad, p_to, z, pair // k, m_p, stride_xn, stride_gn, first, rank, width,
-            c_first, c_last, scales, pair_stride, PRECISION,
-        )  # fmt: skip
+    if grouped & (z % 2 == 0):
+        rows = p_x + pair // k * stride_xn
+        _rows(p_own, rows, p_to, m_p, rank, width, c_first, c_last, scales, pair_stride, PRECISION)
+    elif grouped:
+        rows = p_grad + pair // k * stride_gn + first
+        _rows(p_own, rows, p_to, m_p, rank, width, c_first, c_last, scales, pair_stride, PRECISION)
     else:
-        row = tl.load(p_order + p) // k
+        row = row_of(p_runs, p)
         scale = tl.sum(tl.where(i_p == p, scales, 0.0), 0)
         if rank <= 4:
             _one_row(
@@ -157,9 +154,15 @@ def _project(
 
 
 @triton.jit
+def row_of(p_runs, p):
+    """The row at position p, int64."""
+    return tl.load(p_runs + tl.cast(p, tl.int64) * 4 + 3).to(tl.int64)
+
+
+@triton.jit
 def few_rows(
-    p_x, p_grad, p_order, p_f, p_buffer, buffered, scale, start, last, z, r, first, width, element,
-    i_c, m_c, k, stride_xn, stride_gn, pair_stride, splits, ranks,
+    p_x, p_grad, p_runs, p_f, p_buffer, buffered, scale, start, last, z, r, first, width, element,
+    i_c, m_c, stride_xn, stride_gn, pair_stride, splits, ranks,
 ):  # fmt: skip
     """Rank r of the gradient of factor z, columns i_c [1, TILE]; rows one by one.
 
@@ -171,7 +174,7 @@ def few_rows(
     else:
         acc = tl.zeros((1, TILE), tl.float32)
         for p in range(start, last):
-            row = tl.load(p_order + p) // k
+            row = row_of(p_runs, p)
             p_r = p_f + p * pair_stride.to(tl.int64) + (z ^ 1) * splits * ranks + r
             f = tl.load(p_r)
             for split in range(1, splits):
@@ -182,15 +185,15 @@ def few_rows(
 
 @triton.jit
 def many_rows(
-    p_x, p_grad, p_order, p_f, start, last, z, i_r, m_r, first, i_c, m_c, k, stride_xn,
+    p_x, p_grad, p_runs, p_f, start, last, z, i_r, m_r, first, i_c, m_c, stride_xn,
     stride_gn, pair_stride, splits, ranks,
 ):  # fmt: skip
-    """Ranks i_r [GROUP] of the gradient of factor z, columns i_c [1, PART]; rows by groups."""
-    acc = tl.zeros((GROUP, PART), tl.float32)
+    """Ranks i_r [GROUP] of the gradient of factor z, columns i_c [1, HALF]; rows by groups."""
+    acc = tl.zeros((GROUP, HALF), tl.float32)
     for p in range(start, last, GROUP):
         i_p = p + tl.arange(0, GROUP)
         m_p = i_p < last
-        row = tl.load(p_order + i_p, m_p, 0) // k
+        row = tl.load(p_runs + 4 * i_p.to(tl.int64) + 3, m_p, 0).to(tl.int64)
         p_r = p_f + i_p.to(tl.int64)[None, :] * pair_stride + (z ^ 1) * splits * ranks + i_r[:, None]
         m_f = m_r[:, None] & m_p[None, :]
         b_f = tl.load(p_r, m_f, 0.0)  # [GROUP ranks, GROUP rows]
@@ -198,7 +201,7 @@ def many_rows(
             b_f += tl.load(p_r + split * ranks, m_f, 0.0)
         b_v = vectors(
             p_x, p_grad, z, row[:, None], stride_xn, stride_gn, first, i_c, m_p[:, None] & m_c
-        )  # [GROUP, PART]
+        )  # [GROUP, HALF]
         acc = tl.dot(b_f, b_v, acc, input_precision="ieee")
     return acc
 
@@ -209,10 +212,10 @@ def by_groups(start, last, rank, buffered):
     return (last - start >= GROUPED) & ((last - start) * rank >= 64) & (buffered == 0)
 
 
-@triton.jit(do_not_specialize=["k", "buffered", "keep", "scale", "train_A", "pair_stride", "ranks"])
+@triton.jit(do_not_specialize=["buffered", "keep", "scale", "train_A", "pair_stride", "ranks"])
 def _squares(
-    p_x, p_grad, p_keys, p_order, p_runs, p_ranks, p_firsts, p_f, p_buffer, p_squares,
-    k, buffered, keep, scale, train_A, pair_stride, ranks, in_features, unit, slices, stride_xn,
+    p_x, p_grad, p_keys, p_runs, p_ranks, p_firsts, p_f, p_buffer, p_squares,
+    buffered, keep, scale, train_A, pair_stride, ranks, in_features, unit, slices, stride_xn,
     stride_gn, splits,
 ):  # fmt: skip
     """Sums of squares of TILE columns of the gradients [pairs, 2 slices, tiles] float64.
@@ -221,24 +224,24 @@ def _squares(
     Grid (pairs, tiles, 2 slices).
     """
     p, tile, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start = tl.load(p_runs + 3 * p.to(tl.int64))
+    start = tl.load(p_runs + 4 * p.to(tl.int64))
     if start != p:
         return
-    last = tl.load(p_runs + 3 * p.to(tl.int64) + 1)
+    last = tl.load(p_runs + 4 * p.to(tl.int64) + 1)
     slot = tl.load(p_keys + p)
     rank, width, first, element = factor(p_ranks, p_firsts, slot, z, in_features, unit, slices)
     c_first = tile * TILE
     if (c_first >= width) | ((z % 2 == 0) & (train_A == 0)):
         return
     if by_groups(start, last, rank, buffered):
-        sums = tl.zeros((PART,), tl.float64)
+        sums = tl.zeros((HALF,), tl.float64)
         for r0 in range(0, rank, GROUP):
             i_r = r0 + tl.arange(0, GROUP)
-            for c0 in range(c_first, tl.minimum(c_first + TILE, width), PART):
-                i_c = c0 + tl.arange(0, PART)[None, :]
+            for c0 in range(c_first, tl.minimum(c_first + TILE, width), HALF):
+                i_c = c0 + tl.arange(0, HALF)[None, :]
                 b_g = many_rows(
-                    p_x, p_grad, p_order, p_f, start, last, z, i_r, i_r < rank, first, i_c,
-                    i_c < width, k, stride_xn, stride_gn, pair_stride, splits, ranks,
+                    p_x, p_grad, p_runs, p_f, start, last, z, i_r, i_r < rank, first, i_c,
+                    i_c < width, stride_xn, stride_gn, pair_stride, splits, ranks,
                 )  # fmt: skip
                 if keep:
                     to = p_buffer + element + i_r.to(tl.int64)[:, None] * width + i_c
@@ -251,8 +254,8 @@ def _squares(
         squares = tl.zeros((1, TILE), tl.float64)
         for r in range(rank):
             b_g = few_rows(
-                p_x, p_grad, p_order, p_f, p_buffer, buffered, scale, start, last, z, r, first,
-                width, element, i_c, i_c < width, k, stride_xn, stride_gn, pair_stride, splits,
+                p_x, p_grad, p_runs, p_f, p_buffer, buffered, scale, start, last, z, r, first,
+                width, element, i_c, i_c < width, stride_xn, stride_gn, pair_stride, splits,
                 ranks,
             )  # fmt: skip
             if keep:
@@ -283,7 +286,7 @@ def norm_of(p_squares, p_ranks, p_firsts, slot, p, train_A, tiles, in_features, 
     return tl.where(norm <= 3.4028234663852886e38, norm, float("inf"))
 
 
-PROJECT, SQUARES = Config(4, 3), Config(4, 2)
+PROJECT, SQUARES = Config(4, 1), Config(2, 1)
 
 
 class Samples(NamedTuple):
@@ -300,7 +303,7 @@ class Samples(NamedTuple):
     scale: float = 1.0
 
     def pointers(self) -> tuple[torch.Tensor, ...]:
-        return self.x, self.grad, self.runs.keys, self.runs.order, self.runs.table
+        return self.x, self.grad, self.runs.keys, self.runs.table
 
 
 def unit_of(adapters: Adapters) -> int:
@@ -360,7 +363,7 @@ def square_sums(
         _squares, (runs.pairs, tiles, 2 * slices),
         (*samples.pointers(), a.ranks, a.firsts, samples.f, samples.f if buffer is None else buffer,
          squares),
-        (runs.k, int(samples.buffer is not None), int(keep is not None), samples.scale, int(train_A),
+        (int(samples.buffer is not None), int(keep is not None), samples.scale, int(train_A),
          *strides_of(a)),
         (a.in_features, unit_of(a), slices, samples.x.stride(0), samples.grad.stride(0), splits),
         (), SQUARES,
@@ -381,8 +384,8 @@ def variants(device: Device) -> Variants:
         name = FLOATS[x]
         yield Variant(
             f"adapt-squares-{name}", _squares,
-            (name, name, "i32", "i64", "i32", "i32", "i32", "fp32", "fp32", "fp64"),
-            ("i32", "i32", "i32", "fp32", "i32", "i32", "i32"), shape, (), SQUARES, False,
+            (name, name, "i32", "i32", "i32", "i32", "fp32", "fp32", "fp64"),
+            ("i32", "i32", "fp32", "i32", "i32", "i32"), shape, (), SQUARES, False,
         )  # fmt: skip
     for x, w in product(FLOATS, FLOATS):
         names, how = (FLOATS[x], FLOATS[w]), product_precision(x, w)

@@ -36,14 +36,14 @@ def _keys(
 
 @triton.jit(do_not_specialize=["pairs", "k", "slots"])
 def _runs(p_keys, p_order, p_runs, p_leaders, pairs, k, slots, BLOCK: tl.constexpr):
-    """Each position's (first, last, distinct rows) and each pair's first; grid (pairs, 1, 1).
+    """Each position's (first, last, distinct rows, row) and each pair's first; grid (pairs, 1, 1).
 
     The first position of a run does it for the whole run; first is -1 for no adapter.
     """
     first = tl.program_id(0)
     slot = tl.load(p_keys + first)
     if slot == slots:
-        tl.store(p_runs + 3 * first.to(tl.int64), -1)
+        tl.store(p_runs + 4 * first.to(tl.int64), -1)
         tl.store(p_leaders + tl.load(p_order + first), -1)
     elif tl.load(p_keys + first - 1, first > 0, -1) != slot:
         last, rows, found = first, 0, BLOCK
@@ -59,11 +59,13 @@ def _runs(p_keys, p_order, p_runs, p_leaders, pairs, k, slots, BLOCK: tl.constex
         for start in range(first, last, BLOCK):
             i_p = start + tl.arange(0, BLOCK)
             m_p = i_p < last
-            to = p_runs + 3 * i_p.to(tl.int64)
+            to = p_runs + 4 * i_p.to(tl.int64)
             tl.store(to, first, m_p)
             tl.store(to + 1, last, m_p)
             tl.store(to + 2, rows, m_p)
-            tl.store(p_leaders + tl.load(p_order + i_p, m_p, 0), first, m_p)
+            pair = tl.load(p_order + i_p, m_p, 0)
+            tl.store(to + 3, (pair // k).to(tl.int32), m_p)
+            tl.store(p_leaders + pair, first, m_p)
 
 
 @triton.jit(do_not_specialize=["n", "k", "history"])
@@ -97,7 +99,7 @@ class Runs(NamedTuple):
     """Pairs in the order of slots.
 
     keys int32 [pairs]: the slot at each position. order int64 [pairs]: the pair there.
-    table int32 [pairs, 3]: (first, last, distinct rows) of its run. leaders int32 [pairs]:
+    table int32 [pairs, 4]: (first, last, distinct rows) of its run, and the row there. leaders int32 [pairs]:
     the first position of each pair's run.
     """
 
@@ -134,7 +136,7 @@ def one_run(adapters: Adapters, slot: int, n: int, like: torch.Tensor) -> Runs:
 
 
 def _table(keys: torch.Tensor, order: torch.Tensor, n: int, k: int, slots: int) -> Runs:
-    table = scratch("runs", keys, 3 * n * k, torch.int32)
+    table = scratch("runs", keys, 4 * n * k, torch.int32)
     leaders = scratch("leaders", keys, n * k, torch.int32)
     launch(
         _runs, (n * k, 1, 1), (keys, order, table, leaders), (n * k, k, slots), (),
