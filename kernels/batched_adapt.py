@@ -144,7 +144,7 @@ def _update(
             )  # fmt: skip
 
 
-UPDATE = Config(4, 1, fp_fusion=False)
+UPDATE = Config(1, 1, fp_fusion=False)
 
 
 def update(adapters: Adapters, samples: Samples, step: Step) -> Outcome:

@@ -151,6 +151,8 @@ def check_output(op: str, name: str, given: Any, out: torch.Tensor) -> None:
             raise refuse(ValueError, op, name, "a writable array", "a read-only one")
         if any(s < 0 or s % given.itemsize for s in given.strides):
             raise refuse(ValueError, op, name, "strides that torch can take", given.strides)
+    if not out.numel():  # whose strides mean nothing
+        return
     sizes = sorted((s, n) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1)
     reach = 1
     for stride, n in sizes:
