@@ -16,7 +16,10 @@ from lora_engine.backends import chosen
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FULL = os.environ.get("LORA_ENGINE_TEST_PROFILE") == "full"
 # The interpreter takes some 40 ms for each block of a launch.
-few = hypothesis.settings(max_examples=60 if FULL else 3, deadline=None, derandomize=not FULL)
+NO_SHRINKING = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+few = hypothesis.settings(
+    max_examples=60 if FULL else 3, deadline=None, derandomize=not FULL, phases=NO_SHRINKING
+)
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="NumPy arrays are for the interpreter")
 
 
