@@ -12,12 +12,13 @@ Squares and sums of 16 samples are float32, all beyond that is float64. The prod
 squares are float32 in full, so matrix units do not take them on NVIDIA.
 
 Roofline on an H200, in = out = 4096: bytes = x and grad once, n (in + out) of their size,
-partial sums 8 splits r (in + out) twice; operations 4 n R (in + out) with R = r rounded up
-to 16, at 60 TFLOP/s of float32 (bfloat16 A and B: half of them on matrix units).
+and partial sums of up to 8 splits, 8 r (in + out) each, written and read once a piece;
+operations 4 n R (in + out) with R = r rounded up to 16, at 60 TFLOP/s of float32 (half of
+them on matrix units where x and A share a 16-bit dtype).
 256 samples, r = 2, float32: 8.4 MB and 1.0 MB of sums, 2.2 us; 134 MFLOP, 2.2 us; bound by
 three launches and their latency: expected 15 us. 4096 samples, r = 16, bfloat16: 67 MB and
-16.8 MB of sums, 20 us; 1.1 GFLOP on float32 units, 18 us: expected 60 us. A million: 17 GB,
-4.0 ms; 275 GFLOP, 4.6 ms: bound by float32 arithmetic, expected 10 ms.
+34 MB of sums, 23 us; 2.1 GFLOP, half of them float32, 18 us: expected 60 us. A million: 17 GB,
+3.9 ms; 524 GFLOP, half of them float32, 4.4 ms: bound by arithmetic, expected 12 ms.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ def _sample_sums(
 BLOCK_M, BLOCK_K = 32, {True: 128, False: 32}  # of the projections
 BLOCK_S = 16  # samples, or rows of one, at a time
 PIECE_BYTES = 32 << 20  # of x and grad, which the L2 holds
-PROJECT, SUMS = Config(4, 3), Config(4, 2)
+PROJECT, ROWS, SAMPLES = Config(4, 3), Config(4, 2), Config(8, 2)
 
 
 def spans(features: int, programs: int) -> tuple[int, int]:
@@ -275,7 +276,7 @@ def lora_fisher(
         launch(
             _sample_sums, (ranks, tiles, splits), (x, grad, h, segments, sums),
             (n, scaling, splits_in, splits_out, samples, span), (*shape, segments.stride(0)),
-            blocks, SUMS,
+            blocks, SAMPLES,
         )  # fmt: skip
         return write(sums, splits, F_A, F_B, accumulate)
 
@@ -288,7 +289,7 @@ def lora_fisher(
         launch(
             _row_sums, (ranks, tiles, splits), (rows, up, h, sums),
             (rows.shape[0], scaling, splits_in, splits_out, span, int(first > 0)), shape,
-            blocks, SUMS,
+            blocks, ROWS,
         )  # fmt: skip
     write(sums, splits, F_A, F_B, accumulate)
 
@@ -309,10 +310,10 @@ def variants(device: Device) -> Variants:
     for name in FLOATS.values():
         yield Variant(
             f"lora_fisher-{name}-rows", _row_sums, (name, name, "fp32", "fp64"),
-            ("i32", "fp32", "i32", "i32", "i32", "i32"), (4096, 4096, 16, *rows), blocks, SUMS, amd,
+            ("i32", "fp32", "i32", "i32", "i32", "i32"), (4096, 4096, 16, *rows), blocks, ROWS, amd,
         )  # fmt: skip
         yield Variant(
             f"lora_fisher-{name}-samples", _sample_sums, (name, name, "fp32", "i32", "fp64"),
-            ("i32", "fp32", "i32", "i32", "i32", "i32"), (4096, 4096, 16, *rows, 1), blocks, SUMS,
-            amd,
+            ("i32", "fp32", "i32", "i32", "i32", "i32"), (4096, 4096, 16, *rows, 1), blocks,
+            SAMPLES, amd,
         )  # fmt: skip
