@@ -1,9 +1,9 @@
 """Op 5, fisher_accumulate: F <- gamma F + scale g∘g, in one launch and one pass.
 
 Roofline on an H200: 12 bytes an element in float32, 6 in bfloat16, and 4 operations: bound
-by bytes, at 4.3 TB/s for all that does not fit the L2. 16 M float32:
-201 MB, 47 us; expected 50 us, 16-byte accesses without a mask being all there is. 16 M
-bfloat16: 101 MB, 23 us; expected 26. 64 K float32: 0.8 MB, the launch: expected 2 us.
+by bytes, at 4.3 TB/s for all that does not fit the L2. 16 M float32: 201 MB, 47 us;
+expected 50, 16-byte accesses without a mask being all there is. 16 M bfloat16: 101 MB,
+23 us; expected 26. 64 K float32: 0.8 MB, the launch: expected 2 us.
 """
 
 from __future__ import annotations
