@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers_files import run_python
 
 import lora_engine as le
@@ -145,7 +146,7 @@ ISAS = ", ".join(_C.isas_built())
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
-        ("BACKEND", "nonsense", "LORA_ENGINE_BACKEND=nonsense: expected one of cpu, triton, reference"),
+        ("BACKEND", "none", "LORA_ENGINE_BACKEND=none: expected one of cpu, triton, reference"),
         ("BACKEND", "CPU", "LORA_ENGINE_BACKEND=CPU: expected one of cpu, triton, reference"),
         ("ISA", "nonsense", f"LORA_ENGINE_ISA=nonsense: expected one of {ISAS}"),
         ("ISA", "AVX2", f"LORA_ENGINE_ISA=AVX2: expected one of {ISAS}"),
