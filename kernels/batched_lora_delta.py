@@ -14,8 +14,8 @@ adapter): two launches. 64 rows on 64 adapters: 16.8 MB of weights, 1.0 MB of x 
 MB of partial h: 4.3 us at 4.3 TB/s; expected 8 us, with 2 us of launches in a graph; from
 L2 where the weights stay there. r = 2, 64 on 64: 3.1 MB, 0.7 us: bound by launches and
 latency, expected 5 us. Prefill of 4096 rows in runs of 512 on 8 adapters: x and y 101 MB (y
-read and written), partial h 4.2 MB twice (in L2): 25 us at 4.3 TB/s and 1.1 GFLOP: bound by
-bytes, expected 35 us.
+read and written), 23 us at 4.3 TB/s, and 1.1 GFLOP; the partial h, 2.1 MB, is read again for
+every 128 columns, 67 MB from L2: bound by bytes, expected 40 us.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from .launch import FLOATS, Device, Variant, Variants, cdiv, launch, scratch
-from .lora_delta import BLOCK_R, EXPAND, SHRINK, block_k, spans
+from .lora_delta import BLOCK_R, COLUMNS, SHRINK, block_k, expand_config, spans
 from .storage import Adapters
 from .tiles import expand, precision, project
 
@@ -212,7 +212,7 @@ class Tiling(NamedTuple):
 
 def tiling(n: int) -> Tiling:
     """Neither of these changes the order in which a row is summed."""
-    return Tiling(1, 16, 128) if n <= 256 else Tiling(32, 32, 64)
+    return Tiling(1, 16, COLUMNS) if n <= 256 else Tiling(32, 32, COLUMNS)
 
 
 def shrink(x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -247,7 +247,7 @@ def batched_lora_delta(x: torch.Tensor, batch: Batch, out: torch.Tensor, accumul
          int(accumulate)),
         (a.in_features, len(a.outs), int(batch.transposed), splits, *out.stride(),
          *batch.strides),
-        (*tile, BLOCK_R, precision(x.dtype, a.arena.dtype)), EXPAND,
+        (*tile, BLOCK_R, precision(x.dtype, a.arena.dtype)), expand_config(tile.block_m),
     )  # fmt: skip
 
 
@@ -270,5 +270,5 @@ def variants(device: Device) -> Variants:
                 f"{name}-expand", _expand,
                 (names[0], "i32", "fp32", "fp32", names[1], "i64", "i32", "fp32", "i32"),
                 ("i32",) * 6, (4096, 1, 0, splits, 4096, 1, 1, 1, 1, 1),
-                (*tile, BLOCK_R, how), EXPAND, matrix,
+                (*tile, BLOCK_R, how), expand_config(tile.block_m), matrix,
             )  # fmt: skip
