@@ -221,7 +221,9 @@ def gradient_of(
 ) -> torch.Tensor:
     """The sum of the gradient over rows to ``to`` [elements] float32; its norm, float64."""
     runs = one_run(adapters, slot, x.shape[0], x)
-    scratch("adapt_squares", x, runs.pairs * 2 * len(adapters.outs) * tiles_of(adapters), torch.float64).zero_()
+    scratch(
+        "adapt_squares", x, runs.pairs * 2 * len(adapters.outs) * tiles_of(adapters), torch.float64
+    ).zero_()
     squares = square_sums(adapters, project_rows(adapters, x, grad, runs, None, False), True, to)
     return squares[: 2 * len(adapters.outs) * tiles_of(adapters)].sum().sqrt()
 

@@ -189,9 +189,7 @@ def _tridiagonal(
 
 
 @triton.jit
-def _eliminated(
-    b_right, b_t, p_g, p_q, rank, i, m_i, BLOCK_R: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _eliminated(b_right, b_t, p_g, p_q, rank, i, m_i, BLOCK_R: tl.constexpr, COLUMNS: tl.constexpr):
     """Q (I + t T)⁻¹ Qᵀ b_right, column by column: [BLOCK_R, COLUMNS] float64."""
     b_d = tl.zeros((BLOCK_R, COLUMNS), tl.float64)
     b_u = tl.zeros((BLOCK_R, COLUMNS), tl.float64)
@@ -262,7 +260,9 @@ def _solve(
             )
             b_g += b_f[:, None] * b_v
     norm = tl.load(p_norms + p)
-    clip = tl.where((max_norm > 0) & (norm > max_norm), max_norm / tl.where(norm > 0, norm, 1.0), 1.0)
+    clip = tl.where(
+        (max_norm > 0) & (norm > max_norm), max_norm / tl.where(norm > 0, norm, 1.0), 1.0
+    )
     offset = tl.multiple_of(tl.load(p_offsets + slot.to(tl.int64) * slices + s), 16)
     p_own = p_arena + offset + (z % 2) * rank.to(tl.int64) * in_features
     b_old = tl.load(p_own + i, m, 0.0).to(tl.float32)
@@ -277,12 +277,12 @@ def _solve(
         b_star = tl.load(p_star + j * width.to(tl.int64) + i_c, m_c, 0.0).to(tl.float64)
         b_c = tl.load(p_c + j * rank + i_r, m_r, 0.0)
         b_right += b_c[:, None] * (b_t * b_star)[None, :]
-    b_new = _eliminated(b_right, b_t, p_g, p_c + rank.to(tl.int64) * rank, rank, i_r, m_r, BLOCK_R, COLUMNS)
+    b_new = _eliminated(
+        b_right, b_t, p_g, p_c + rank.to(tl.int64) * rank, rank, i_r, m_r, BLOCK_R, COLUMNS
+    )
     key_low, key_high = rounding_key(seed_low, seed_high, slot, tl.load(p_versions + slot))
     dtype: tl.constexpr = p_arena.dtype.element_ty
-    b_new = stored(
-        b_new.to(tl.float32), dtype, (element + i).to(tl.uint32), key_low, key_high
-    )
+    b_new = stored(b_new.to(tl.float32), dtype, (element + i).to(tl.uint32), key_low, key_high)
     tl.store(p_own + i, b_new, m)
 
 

@@ -101,7 +101,9 @@ def _rows(
         tl.store(to + i_r[None, :], b_f * scale[:, None], m_row[:, None] & m_r[None, :])
 
 
-@triton.jit(do_not_specialize=["k", "weighted", "mean", "stride_wn", "stride_wk", "pair_stride", "ranks"])
+@triton.jit(
+    do_not_specialize=["k", "weighted", "mean", "stride_wn", "stride_wk", "pair_stride", "ranks"]
+)
 def _project(
     p_x, p_grad, p_weights, p_keys, p_order, p_runs, p_arena, p_offsets, p_ranks, p_scalings,
     p_firsts, p_f, k, weighted, mean, stride_wn, stride_wk, pair_stride, ranks, in_features, unit,
@@ -194,7 +196,9 @@ def many_rows(
         i_p = p + tl.arange(0, GROUP)
         m_p = i_p < last
         row = tl.load(p_runs + 4 * i_p.to(tl.int64) + 3, m_p, 0).to(tl.int64)
-        p_r = p_f + i_p.to(tl.int64)[None, :] * pair_stride + (z ^ 1) * splits * ranks + i_r[:, None]
+        p_r = (
+            p_f + i_p.to(tl.int64)[None, :] * pair_stride + (z ^ 1) * splits * ranks + i_r[:, None]
+        )
         m_f = m_r[:, None] & m_p[None, :]
         b_f = tl.load(p_r, m_f, 0.0)  # [GROUP ranks, GROUP rows]
         for split in range(1, splits):

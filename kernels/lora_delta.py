@@ -64,21 +64,32 @@ def _expand(
     tl.store(to, b_y.to(p_y.dtype.element_ty), m_y)
 
 
-BLOCK_K = 128
+SPAN = 128  # features: what the spans of the sum over features are multiples of
 BLOCK_R = 16  # also of the sum over ranks, whatever the rank: it is part of its order
-SHRINK, EXPAND = Config(4, 3), Config(4, 2)
+COLUMNS = 128  # of an expand
+SHRINK = Config(4, 3, registers=224)
 
 
 def spans(features: int) -> tuple[int, int]:
     """(splits, features in each) of the sum over features: a function of the shape alone."""
     splits = min(max(features // 512, 1), 16)
-    span = cdiv(cdiv(features, splits), BLOCK_K) * BLOCK_K
-    return cdiv(features, span), span
+    span = max(cdiv(cdiv(features, splits), SPAN), 1) * SPAN
+    return max(cdiv(features, span), 1), span
 
 
-def tiles(n: int) -> tuple[int, int]:
-    """(rows, columns) of a block. Neither changes the order in which a row is summed."""
-    return (16, 256) if n <= 64 else (32, 128)
+def block_k(how: str) -> int:
+    """Features at a time: what a product in float32 holds is in registers."""
+    return {"native": SPAN, "tf32": 64, "ieee": 16}[how]
+
+
+def expand_config(rows: int) -> Config:
+    """For blocks of so many rows."""
+    return Config(4 if rows <= 16 else 8, 1, registers=128)
+
+
+def rows_of_block(n: int) -> int:
+    """It does not change the order in which a row is summed."""
+    return 16 if n <= 64 else 32
 
 
 def lora_delta(
@@ -94,18 +105,18 @@ def lora_delta(
     rank, out_features = A.shape[0], B.shape[0]
     splits, span = spans(features)
     how = precision(x.dtype, A.dtype)
-    block_m, block_n = tiles(n)
+    block_m = rows_of_block(n)
     h = scratch("h", x, n * splits * rank, torch.float32)
     launch(
         _shrink, (cdiv(n, block_m), splits, cdiv(rank, BLOCK_R)), (x, A, h), (n,),
         (features, rank, *x.stride(), *A.stride(), splits, span),
-        (block_m, BLOCK_R, BLOCK_K, how), SHRINK,
+        (block_m, BLOCK_R, block_k(how), how), SHRINK,
     )  # fmt: skip
     launch(
-        _expand, (cdiv(n, block_m), cdiv(out_features, block_n), 1), (h, B, out),
+        _expand, (cdiv(n, block_m), cdiv(out_features, COLUMNS), 1), (h, B, out),
         (n, scaling, int(accumulate)),
         (out_features, rank, B.stride(1), B.stride(0), *out.stride(), splits),
-        (block_m, block_n, BLOCK_R, how), EXPAND,
+        (block_m, COLUMNS, BLOCK_R, how), expand_config(block_m),
     )  # fmt: skip
 
 
@@ -115,15 +126,15 @@ def variants(device: Device) -> Variants:
         how, names = precision(x, w), (FLOATS[x], FLOATS[w])
         matrix = how != "ieee" or device.backend == "hip"
         for n in (1, 4096):
-            block_m, block_n = tiles(n)
+            block_m = rows_of_block(n)
             name = f"lora_delta-{names[0]}-{names[1]}-{block_m}"
             yield Variant(
                 f"{name}-shrink", _shrink, (*names, "fp32"), ("i32",),
-                (4096, 16, 4096, 1, 4096, 1, *spans(4096)), (block_m, BLOCK_R, BLOCK_K, how),
+                (4096, 16, 4096, 1, 4096, 1, *spans(4096)), (block_m, BLOCK_R, block_k(how), how),
                 SHRINK, matrix,
             )  # fmt: skip
             yield Variant(
                 f"{name}-expand", _expand, ("fp32", names[1], names[0]), ("i32", "fp32", "i32"),
-                (4096, 16, 1, 16, 4096, 1, spans(4096)[0]), (block_m, block_n, BLOCK_R, how),
-                EXPAND, matrix,
+                (4096, 16, 1, 16, 4096, 1, spans(4096)[0]), (block_m, COLUMNS, BLOCK_R, how),
+                expand_config(block_m), matrix,
             )  # fmt: skip

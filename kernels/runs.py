@@ -159,9 +159,7 @@ def finish(adapters: Adapters, runs: Runs, outcomes: torch.Tensor) -> torch.Tens
 
 def variants(device: Device) -> Variants:
     """The three, which depend on no dtype."""
-    yield Variant(
-        "adapt-keys", _keys, ("i32",) * 4, ("i32",) * 5, (1,), (BLOCK,), CONFIG, False
-    )
+    yield Variant("adapt-keys", _keys, ("i32",) * 4, ("i32",) * 5, (1,), (BLOCK,), CONFIG, False)
     yield Variant(
         "adapt-runs", _runs, ("i32", "i64", "i32", "i32"), ("i32",) * 3, (), (BLOCK,), CONFIG, False
     )

@@ -30,9 +30,7 @@ def delta_penalty(
     return float(ewc_lambda * scaling**2 * np.trace(inner))
 
 
-def _block(
-    before: F64, star: F64, other: F64, other_star: F64, weights: F64, pull: F64
-) -> F64:
+def _block(before: F64, star: F64, other: F64, other_star: F64, weights: F64, pull: F64) -> F64:
     """Column by column: (I + pull_j G) theta_j = before_j + pull_j Cᵀ star_j, all [r, width].
 
     G = other W otherᵀ and C = other_star W otherᵀ; before: theta after the step without EWC.

@@ -115,9 +115,7 @@ def test_many_rows_of_an_adapter_and_many_ranks(ranks, n, w_dtype):
     ids = rng.integers(0, 2, (n, 1)).astype(np.int32)
     ids[3] = -1
     pool.adapt(x, grad, indices(ids), 0.1)
-    want, _ = reference.batched_adapt(
-        f64(x), f64(grad), before, (19,), ids, reference.Step(0.1)
-    )
+    want, _ = reference.batched_adapt(f64(x), f64(grad), before, (19,), ids, reference.Step(0.1))
     for slot, adapter in held.refresh().items():
         assert step_error(adapter, want[slot], before[slot]) <= STORED[w_dtype]
 
@@ -242,7 +240,10 @@ def test_a_bad_id_teaches_nobody_and_is_told_to_the_next_call(bad):
 def test_the_order_of_other_rows_changes_no_bit():
     rng = np.random.default_rng(4)
     ranks = [1, 2, 3, 8]
-    x, grad = rng.standard_normal((24, 150)).astype("f4"), rng.standard_normal((24, 50)).astype("f4")
+    x, grad = (
+        rng.standard_normal((24, 150)).astype("f4"),
+        rng.standard_normal((24, 50)).astype("f4"),
+    )
     ids = np.array([*[0] * 11, *[1] * 5, *[2] * 6, 3, 3], np.int32)
     others = rng.permutation(24)
     others = np.concatenate([others[ids[others] == s] for s in (2, 0, 3, 1)])
@@ -277,13 +278,18 @@ def test_rounding_is_the_reference_generator(dtype, ulp):
 
 def test_the_second_slice_counts_its_elements_after_the_first():
     pool, _ = fill_pool(np.random.default_rng(0), 5, (3, 4), [(1, 2)], "bfloat16", seed=1)
-    ones = [np.ones((r, 5), "f4") for r in (1, 2)], [np.ones((o, r), "f4") for o, r in ((3, 1), (4, 2))]
+    ones = (
+        [np.ones((r, 5), "f4") for r in (1, 2)],
+        [np.ones((o, r), "f4") for o, r in ((3, 1), (4, 2))],
+    )
     pool.set(0, *ones, 1.0)
     version = pool.version(0)
     zeros = on_device(np.zeros((1, 5))), on_device(np.zeros((1, 7)))
     pool.adapt(*zeros, indices([0]), 0.5, weight_decay=2.0**-10)
     key = reference.rounding_key(1, 0, version)
-    want = reference.round_bfloat16_stochastic(np.full(26, np.float32(1 - 2.0**-11)), key, np.arange(26))
+    want = reference.round_bfloat16_stochastic(
+        np.full(26, np.float32(1 - 2.0**-11)), key, np.arange(26)
+    )
     A, B, _ = pool.get(0)
     got = np.concatenate([m.ravel() for a, b in zip(A, B, strict=True) for m in (a, b.T)])
     assert bits(got) == bits(want)
@@ -293,7 +299,10 @@ def test_many_users_in_one_call():
     rng = np.random.default_rng(6)
     users = 1000 if DEVICE == "cuda" else 200 if FULL else 20
     held = fill_pool(rng, 8, (4,), [2] * users)
-    x, grad = rng.standard_normal((users, 8)).astype("f4"), rng.standard_normal((users, 4)).astype("f4")
+    x, grad = (
+        rng.standard_normal((users, 8)).astype("f4"),
+        rng.standard_normal((users, 4)).astype("f4"),
+    )
     ids = rng.permutation(users).astype(np.int32)
     assert all(applied(held.pool.adapt(on_device(x), on_device(grad), indices(ids), 0.1)))
     want, _ = reference.batched_adapt(x, grad, held.adapters, (4,), ids, reference.Step(0.1))

@@ -16,6 +16,11 @@ from lora_engine.backends.triton_arrays import (
     matrix,
     output,
 )
+from lora_engine.backends.triton_fisher import (  # noqa: F401
+    fisher_accumulate,
+    lora_fisher,
+    lora_fisher_factors,
+)
 from lora_engine.backends.triton_pool import (  # noqa: F401  the registry looks here for them
     Pool,
     pool_device,

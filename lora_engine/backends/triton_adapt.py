@@ -129,9 +129,7 @@ def _buffer(op: str, pool: Pool, slot: int, gradient: Any) -> torch.Tensor:
     return given
 
 
-def gradient(
-    pool: Pool, x: Any, grad: Any, slot: int, h: Any, gradient: Any
-) -> tuple[int, float]:
+def gradient(pool: Pool, x: Any, grad: Any, slot: int, h: Any, gradient: Any) -> tuple[int, float]:
     """(outcome, norm of the sum over rows), which is added to ``gradient`` where it is finite.
 
     h, A x where the caller kept it, saves nothing here: it is computed beside Bᵀ grad.
@@ -252,7 +250,9 @@ class Ewc:
         us, vs, device = [], [], self.pool.device
         for s, (rank, out) in enumerate(zip(ranks, self.pool.outs, strict=True)):
             width = self.pool.in_features
-            us.append(_fisher(op, "u", u[s], (out,), device) if rank else torch.zeros(out).to(device))
+            us.append(
+                _fisher(op, "u", u[s], (out,), device) if rank else torch.zeros(out).to(device)
+            )
             vs.append(
                 _fisher(op, "v", v[s], (width,), device) if rank else torch.zeros(width).to(device)
             )
