@@ -37,13 +37,13 @@ from .gradient import (
     elements_before,
     factor,
     row_of,
-    spans,
     splits_of,
     strides_of,
     unit_of,
     vectors,
 )
 from .launch import FLOATS, Config, Device, Variant, Variants, cdiv, launch
+from .lora_delta import spans
 from .rounding import rounding_key, seed_words, stored
 from .steps import Outcome, Step, record_of
 from .storage import Adapters

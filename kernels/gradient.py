@@ -290,7 +290,7 @@ def norm_of(p_squares, p_ranks, p_firsts, slot, p, train_A, tiles, in_features, 
     return tl.where(norm <= 3.4028234663852886e38, norm, float("inf"))
 
 
-PROJECT, SQUARES = Config(4, 1), Config(1, 1)
+PROJECT, SQUARES = Config(4, 1), Config(4, 1, registers=128)
 
 
 class Samples(NamedTuple):

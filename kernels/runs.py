@@ -99,8 +99,8 @@ class Runs(NamedTuple):
     """Pairs in the order of slots.
 
     keys int32 [pairs]: the slot at each position. order int64 [pairs]: the pair there.
-    table int32 [pairs, 4]: (first, last, distinct rows) of its run, and the row there. leaders int32 [pairs]:
-    the first position of each pair's run.
+    table int32 [pairs, 4]: (first, last, distinct rows) of its run, and the row there.
+    leaders int32 [pairs]: the first position of each pair's run.
     """
 
     keys: torch.Tensor

@@ -13,7 +13,6 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_engine import _C
 from lora_engine.backends import chosen

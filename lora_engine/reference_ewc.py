@@ -24,8 +24,8 @@ def delta_penalty(
 
     B A - B* A* = [B - B*, B*] [A; A - A*]: near the anchor this cancels less.
     """
-    left = np.concatenate([_f64(B) - _f64(B_star), _f64(B_star)], axis=1)
-    right = np.concatenate([_f64(A), _f64(A) - _f64(A_star)])
+    left: F64 = np.concatenate([_f64(B) - _f64(B_star), _f64(B_star)], axis=1)
+    right: F64 = np.concatenate([_f64(A), _f64(A) - _f64(A_star)])
     inner = (left.T @ (_f64(u)[:, None] * left)) @ ((right * _f64(v)) @ right.T)
     return float(ewc_lambda * scaling**2 * np.trace(inner))
 
@@ -38,8 +38,8 @@ def _block(before: F64, star: F64, other: F64, other_star: F64, weights: F64, pu
     G, C = (other * weights) @ other.T, (other_star * weights) @ other.T
     systems = np.eye(len(before)) + pull[:, None, None] * G
     targets = before + pull * (C.T @ star)
-    solved: F64 = np.linalg.solve(systems, targets.T[:, :, None])[:, :, 0].T
-    return solved
+    solved = np.linalg.solve(systems, targets.T[:, :, None])
+    return _f64(solved[:, :, 0].T)
 
 
 def delta_step(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from helpers import (
@@ -88,10 +90,11 @@ def test_an_enormous_lambda():
     assert np.allclose(f64(theta), [1.0, 1.0, 1.0], atol=1e-6)
 
 
+OPTIONS = {"lr": 0.05, "max_norm": 1.0, "lr_ratio": 2.0, "weight_decay": 0.1}
+
+
 class Learning:
     """A pool of two slots and some rows; slot 0 has a record, slot 1 none."""
-
-    options = {"lr": 0.05, "max_norm": 1.0, "lr_ratio": 2.0, "weight_decay": 0.1}
 
     def __init__(self, slices, ranks, dtype, form, lam, seed=0, **options):
         rng = np.random.default_rng(seed)
@@ -116,7 +119,7 @@ class Learning:
 
     def errors(self, **changed):
         """One step, and how far each slot is from the reference's."""
-        options = {**self.options, **changed}
+        options = {**OPTIONS, **changed}
         before = self.held.refresh()
         self.held.pool.adapt(
             on_device(self.x), on_device(self.grad), indices(self.ids), ewc=self.ewc, **options
@@ -217,7 +220,7 @@ def test_delta_penalty_falls_step_by_step(lam):
         pool.adapt(*zeros, indices([0]), 0.05, ewc=learning.ewc)
         values.append(learning.ewc.penalty())
     floor = 1e-10 * values[0]  # of what float32 weights can express
-    assert all(b < a or b < floor for a, b in zip(values, values[1:], strict=False))
+    assert all(b < a or b < floor for a, b in pairwise(values))
     assert values[-1] < 0.5 * values[0]
 
 
@@ -253,7 +256,7 @@ def test_a_gradient_that_waited_takes_the_penalty_too(form):
 def test_a_record_does_not_outlive_its_adapter(form):
     """A slot reissued to another user, or set anew, is free of the old penalty."""
     learning = Learning((9,), 2, "float32", form, 1e6)
-    pool, before = learning.held
+    pool = learning.held.pool
     learning.ewc.set(1, *(f[0] for f in learning.fisher))
     A, B, scaling = pool.get(0)
     pool.remove(0)

@@ -243,6 +243,8 @@ class Pool:
             step.weight_decay,
             step.ewc.ewc_lambda if step.ewc else 0.0,
         )
+        fisher: Any
+        anchor: Any
         fisher, anchor = record or (None, None)
         if record and step.ewc and step.ewc.form == "delta":
 

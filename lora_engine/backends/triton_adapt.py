@@ -173,7 +173,7 @@ def ewc_step(
     op = "ewc_step"
     to = matrix(op, "theta", theta)
     others = {"grad": grad, "fisher": fisher, "anchor": anchor}
-    given = {name: matrix(op, name, a, *to.shape, to) for name, a in others.items()}
+    given = {name: matrix(op, name, a, to.shape[0], to.shape[1], to) for name, a in others.items()}
     for name in ("fisher", "anchor"):
         check_dtype(op, name, given[name].dtype, torch.float32)
     check_output(op, "theta", theta, to)
@@ -182,7 +182,8 @@ def ewc_step(
     step, lam = _from_zero(op, "lr", lr), _from_zero(op, "ewc_lambda", ewc_lambda)
     pull = float(np.float32(2) * lam * step)
     key = host_key(seed, 0, version)
-    _ewc_step.ewc_step(to, *given.values(), float(step), pull, key)
+    g, f, at = given.values()
+    _ewc_step.ewc_step(to, g, f, at, float(step), pull, key)
 
 
 def _from_zero(op: str, name: str, value: float) -> np.float32:
@@ -293,10 +294,12 @@ class Ewc:
         ranks, width, outs = self.pool.ranks(slot), self.pool.in_features, self.pool.outs
         now = self._weights(slot).double()
         begin = 2 * work_elements(tuple(ranks))
-        anchor, rest = memory[begin:].double().split([len(now), len(memory) - begin - len(now)])
-        us, vs = rest[: sum(outs)].split(outs), rest[sum(outs) :].split(width)
+        sizes = [len(now), *outs, *[width] * len(outs)]
+        anchor, *weights = torch.split(memory[begin:].double(), sizes)
         total, at = 0.0, 0
-        for rank, out, u, v in zip(ranks, outs, us, vs, strict=True):
+        for rank, out, u, v in zip(
+            ranks, outs, weights[: len(outs)], weights[len(outs) :], strict=True
+        ):
             middle, end = at + rank * width, at + rank * (width + out)
             a, a_star = (t[at:middle].view(rank, width) for t in (now, anchor))
             b, b_star = (t[middle:end].view(rank, out) for t in (now, anchor))
