@@ -1,9 +1,9 @@
 """Op 3, batched_adapt: one step for every adapter that the rows name, nothing read back.
 
-A chain of launches, with a sort of the ids between the first two: ``_keys`` (slots of pairs), a
-sort, ``_runs`` (which positions are one adapter's), ``_project`` (h = A x and Bᵀ grad), ``_squares``
-(the gradients' norms, whose tiles are computed and dropped), ``_update`` (the same tiles again,
-clipped and stepped), ``_finish`` (versions, outcomes of rows). The grid has a place for every
+A chain of launches: ``_keys`` (slots of pairs), a sort, ``_runs`` (which positions are one
+adapter's), ``_project`` (h = A x and Bᵀ grad), ``_squares`` (the gradients' norms, whose tiles are
+computed and dropped), ``_update`` (the same tiles again, clipped and stepped), ``_finish``
+(versions, outcomes of rows). The grid has a place for every
 pair; all but an adapter's first leave at once. A tile goes over the ranks of its own adapter, so
 that rank 1 costs nothing of rank 256 beside it.
 
@@ -241,11 +241,8 @@ def gradient_of(
 ) -> torch.Tensor:
     """The sum of the gradient over rows to ``to`` [elements] float32; its norm, float64."""
     runs = one_run(adapters, slot, x.shape[0], x)
-    scratch(
-        "adapt_squares", x, runs.pairs * 2 * len(adapters.outs) * tiles_of(adapters), torch.float64
-    ).zero_()
-    squares = square_sums(adapters, project_rows(adapters, x, grad, runs, None, False), True, to)
-    return squares[: 2 * len(adapters.outs) * tiles_of(adapters)].sum().sqrt()
+    square_sums(adapters, project_rows(adapters, x, grad, runs, None, False), True, to)
+    return torch.linalg.vector_norm(to, dtype=torch.float64)
 
 
 def variants(device: Device) -> Variants:
