@@ -27,8 +27,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     if PRECISION == "native":
         if IN_INTERPRETER:  # its bfloat16 product is wrong
             return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-        return tl.dot(a, b, acc)
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+        else:  # the compiler goes on past a return in a nested branch
+            return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
 
 
 @triton.jit
