@@ -77,10 +77,10 @@ def _lookup(b_index, b_table):
 
 
 @triton.jit
-def load_words(p_packed, i_row, m_row, i_word, row_words):
-    """Words of eight codes of aligned rows, [rows, words] int32: zeros past the matrix."""
+def load_words(p_packed, i_row, m_row, i_word, end, row_words):
+    """Words of eight codes of aligned rows, [rows, words] int32: zeros from word end on."""
     at = i_row.to(tl.int64)[:, None] * row_words + i_word[None, :]
-    m_word = m_row[:, None] & (i_word < row_words)[None, :]
+    m_word = m_row[:, None] & (i_word < end)[None, :]
     return tl.load(p_packed.to(tl.pointer_type(tl.int32)) + at, m_word, 0x77777777)
 
 
@@ -159,7 +159,7 @@ def _dequantise(
     if ALIGNED:
         i_word = k0 // 8 + tl.arange(0, BLOCK_K // 8)
         b_w = decode_words(
-            load_words(p_packed, i_n, m_n, i_word, row_words), b_table,
+            load_words(p_packed, i_n, m_n, i_word, row_words, row_words), b_table,
             p_scales, p_steps, p_table, i_n, m_n, k0, cols, shift, nested, offset,
         )  # fmt: skip
     else:
