@@ -2,19 +2,22 @@
 
 One row: each weight is multiplied and summed in float32 (``_row``). More: tiles of W are
 decoded in registers and multiplied as yᵀ = W xᵀ, so that W is the operand that matrix
-instructions take from registers (``_product``; the backward pass is the same kernel with
-the tile transposed). W is never in memory. Where there are too few tiles for the device,
-the reduction is split; the parts, and with a pool the deltas of ``batched_lora_delta``'s
-shrink, are added in order by ``_finish``, before the one rounding.
+instructions can take from registers (``_product``, also of the backward pass). W is never
+in memory. Where there are too few tiles for the device the sum is split; the parts, and
+with a pool the deltas, are added in order by ``_finish``, before the one rounding: the
+products need then not be compiled for each dtype of a pool. Three launches with a pool, two
+with a split sum, else one.
 
-Roofline on an H200, 4096x4096, blocks of 64, bfloat16: 8.4 MB of codes and 1 MB of absmax,
-2.2 us at 4.3 TB/s. Decoding costs about 7 instructions a weight, one of them in the load-store
-unit: 3.9 us of the 132 x 4 schedulers at 1.8 GHz, which is what bounds few rows. One row:
-expected 6 us with the launch, 1.7 times the floor of bytes and launch (3.5 us). 16 rows: 0.5
-GFLOP, below 1 us of matrix instructions; with the second launch expected 8 us; a dense
-bfloat16 matrix, 33.5 MB, takes 9. 4096 rows: 137 GFLOP, 174 us at 790 TFLOP/s, and each tile
-of 256 rows decodes W anew, 16 times 3.9 us, hidden in part: expected 300 us. Deltas add
-their shrink, and parts of 8 n out bytes through the L2 cache.
+Roofline on an H200, 4096x4096 in blocks of 64, bfloat16: 8.4 MB of codes and 1 MB of absmax,
+2.2 us at 4.3 TB/s, 3.5 us with an empty kernel. The machine code of the loops has 6 (one
+row) to 7 instructions a weight, one of them for the load-store unit: 3.2 to 3.9 us of 4
+instructions a cycle at 1.8 GHz and 132 SMs, which is what bounds few rows. One row: 5.2 us
+expected, 1.5 times the floor. 16 rows: 4.2 us, parts of 2 MB through the L2 cache and a
+second launch: 7.5 us expected; a dense bfloat16 matrix takes 9 (33.5 MB). 4096 rows: 137
+GFLOP, 174 us at 790 TFLOP/s; each tile of 256 rows decodes W anew, 16 times 4 us, in part
+beside the matrix instructions of the other block of an SM: 260 us expected. float16 goes
+through tf32, at half that rate; float32 without matrix instructions, at 30 TFMA/s at best.
+Deltas add their shrink, and parts of 8 n out bytes.
 """
 
 from __future__ import annotations
@@ -70,8 +73,8 @@ def _row(
     m_c = i_c < rows
     first, last = split * span, tl.minimum((split + 1) * span, cols)
     b_table = load_table(p_table)
-    i_word = first // 8 + tl.arange(0, BLOCK_R // 8)
-    end = tl.multiple_of(last // 8, 4)
+    i_word = tl.multiple_of(first // 8, 4) + tl.arange(0, BLOCK_R // 8)
+    end = tl.multiple_of(last // 8, 4)  # for wide loads
     b_next = load_words(p_packed, i_c, m_c, i_word, end, row_words)
     acc = tl.zeros((BLOCK_C, BLOCK_R // 32), tl.float32)
     for r0 in range(first, last, BLOCK_R):
@@ -136,8 +139,8 @@ def _product(
             i_word = c_first // 8 + tl.arange(0, BLOCK_C // 8)
             b_next = load_words(p_packed, i_row, i_row < last, i_word, row_words, row_words)
         else:
+            i_word = tl.multiple_of(first // 8, 4) + tl.arange(0, BLOCK_R // 8)
             end = tl.multiple_of(last // 8, 4)
-            i_word = first // 8 + tl.arange(0, BLOCK_R // 8)
             b_next = load_words(p_packed, i_c, m_c, i_word, end, row_words)
     if TRANSPOSED:
         acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -167,9 +170,8 @@ def _product(
                 p_packed, b_table, p_scales, p_steps, p_table, i_row, m_row, k0, cols, shift,
                 nested, offset, BLOCK_C if TRANSPOSED else BLOCK_R,
             )  # fmt: skip
-        b_x = tl.load(
-            x_rows[:, None] + i_r.to(tl.int64)[None, :] * stride_xr, m_m[:, None] & m_r[None, :], 0.0
-        )  # [BLOCK_M, BLOCK_R]
+        at = x_rows[:, None] + i_r.to(tl.int64)[None, :] * stride_xr
+        b_x = tl.load(at, m_m[:, None] & m_r[None, :], 0.0)  # [BLOCK_M, BLOCK_R]
         if HOW == "native" and b_x.dtype != tl.bfloat16:
             b_x = rounded(b_x.to(tl.float32), tl.bfloat16)
         if TRANSPOSED:
@@ -251,7 +253,9 @@ def how_of(x: torch.dtype, compute: str | None, aligned: bool) -> str:
     return "tf32" if x == torch.float16 else "native"
 
 
-def form_of(n: int, x: torch.dtype, how: str, aligned: bool, transposed: bool) -> Form:
+def form_of(
+    n: int, x: torch.dtype, how: str, aligned: bool, transposed: bool, device: Device
+) -> Form:
     if not aligned:
         return UNALIGNED
     few = n <= 16 and not transposed
@@ -259,7 +263,8 @@ def form_of(n: int, x: torch.dtype, how: str, aligned: bool, transposed: bool) -
         return FEW_IEEE if few and x == torch.float32 else IEEE
     if n <= 64:
         return FEW if few else SOME
-    return WIDE if x == torch.bfloat16 else MANY
+    wide = x == torch.bfloat16 and device.arch in (90, 100, "gfx942")  # else its sums spill
+    return WIDE if wide else MANY
 
 
 def splits_of(form: Form, n: int, features: int, length: int, processors: int) -> tuple[int, int]:
@@ -284,33 +289,36 @@ class Target(NamedTuple):
         return self.bias.contiguous().view(torch.uint8), KINDS[self.bias.dtype]
 
 
-def _products(x: torch.Tensor, w: Packed, to: Target, compute: str | None, transposed: bool) -> None:
+def _multiply(
+    x: torch.Tensor, w: Packed, to: Target, compute: str | None, transposed: bool
+) -> None:
     """x Wᵀ or x W: one launch, or parts that are finished by another."""
     n, (features, length) = x.shape[0], to.y.shape[1:] + x.shape[1:]
     if n == 0:
         return
     how = how_of(x.dtype, compute, w.aligned)
     row = n == 1 and w.aligned and not transposed
-    form = ROW if row else form_of(n, x.dtype, how, w.aligned, transposed)
-    splits, span = splits_of(form, n, features, length, device_of(x.device.index).processors)
+    device = device_of(x.device.index)
+    form = ROW if row else form_of(n, x.dtype, how, w.aligned, transposed, device)
+    splits, span = splits_of(form, n, features, length, device.processors)
     direct = splits == 1 and to.batch is None
     parts = w.scales if direct else scratch("parts", x, splits * n * features, torch.float32)
     bias, kind = to.bias_of(w)
-    pointers = (x, *w.pointers, bias, to.y, parts)
+    pointers, sizes = (x, *w.pointers, bias, to.y, parts), (*w.sizes, kind, int(direct))
     shape = w.rows, w.cols, w.cols // 8, span
     if row:
         launch(
-            _row, (cdiv(features, form.block_c), splits, 1), pointers, (*w.sizes, kind, int(direct)),
+            _row, (cdiv(features, form.block_c), splits, 1), pointers, sizes,
             (*shape, x.stride(1), to.y.stride(1)), (form.block_c, form.block_r), form.config,
         )  # fmt: skip
     else:
         launch(
             _product, (cdiv(features, form.block_c), cdiv(n, form.block_m), splits), pointers,
-            (n, *w.sizes, kind, int(direct)), (*shape, *x.stride(), *to.y.stride()),
+            (n, *sizes), (*shape, *x.stride(), *to.y.stride()),
             (w.aligned, transposed, how, *form[:3]), form.config,
         )  # fmt: skip
     if not direct:
-        _finish_launch(x, to, parts, splits, bias, kind)
+        _add_parts(x, to, parts, splits, bias, kind)
 
 
 @cache
@@ -320,25 +328,23 @@ def _nothing(device: torch.device) -> tuple[torch.Tensor, ...]:
     return tuple(torch.zeros(4, dtype=dtype, device=device) for dtype in dtypes)
 
 
-def _finish_launch(
+def _add_parts(
     x: torch.Tensor, to: Target, parts: torch.Tensor, splits: int, bias: torch.Tensor, kind: int
 ) -> None:
     n, features = to.y.shape
     tile = deltas.tiling(n)
-    if to.batch is None:
-        i32, i64, f32 = _nothing(x.device)
-        tables = i32, f32, f32, to.y, i64, i32, f32, i32
-        sizes, shape, strides, weights = (0, 0, 0, 0), (features, 1, 1), (1, 1, 1, 1), x.dtype
-    else:
-        a, k = to.batch.adapters, to.batch.ids.shape[1]
+    i32, i64, f32 = _nothing(x.device)
+    tables: tuple[torch.Tensor, ...] = i32, f32, f32, to.y, i64, i32, f32, i32
+    sizes, shape, weights = (0, 0, 0, 0), (features, 1, 1), x.dtype
+    strides: tuple[int, ...] = 1, 1, 1, 1
+    if to.batch is not None:
+        a, ids, w = to.batch.adapters, to.batch.ids, to.batch.weights
         h, h_splits = deltas.shrink(x, to.batch)
-        factors = a.scalings if to.batch.weights is None else to.batch.weights
-        tables = (
-            to.batch.ids, factors, h, a.arena, a.offsets, a.ranks, a.scalings, a.firsts,
-        )  # fmt: skip
-        sizes = k, int(to.batch.weights is not None), a.ranks.shape[0], to.batch.rank_stride
-        shape, strides = (a.in_features, len(a.outs), h_splits), to.batch.strides
-        weights = a.arena.dtype
+        factors = a.scalings if w is None else w
+        tables = ids, factors, h, a.arena, a.offsets, a.ranks, a.scalings, a.firsts
+        sizes = ids.shape[1], int(w is not None), a.ranks.shape[0], to.batch.rank_stride
+        shape, weights = (a.in_features, len(a.outs), h_splits), a.arena.dtype
+        strides = to.batch.strides
     launch(
         _finish, (cdiv(n, tile.rows), cdiv(features, tile.block_n), 1),
         (to.y, bias, parts, *tables), (n, kind, splits, *sizes),
@@ -349,12 +355,12 @@ def _finish_launch(
 
 def nf4_linear(x: torch.Tensor, w: Packed, to: Target, compute: str | None) -> None:
     """y = x Wᵀ + bias + deltas; x [n, cols] and y [n, rows] of one dtype, in any strides."""
-    _products(x, w, to, compute, transposed=False)
+    _multiply(x, w, to, compute, transposed=False)
 
 
 def nf4_linear_backward(grad: torch.Tensor, w: Packed, dx: torch.Tensor) -> None:
     """dx = grad W; grad [n, rows] and dx [n, cols] of one dtype, in any strides."""
-    _products(grad, w, Target(dx), None, transposed=True)
+    _multiply(grad, w, Target(dx), None, transposed=True)
 
 
 def _product_variants(
@@ -362,7 +368,7 @@ def _product_variants(
 ) -> Variants:
     how, name = how_of(dtype, compute, aligned), FLOATS[dtype]
     cols = 4096 if aligned else 4095
-    forms = {form_of(n, dtype, how, aligned, transposed) for n in (2, 64, 4096)}
+    forms = {form_of(n, dtype, how, aligned, transposed, device) for n in (2, 64, 4096)}
     for form in sorted(forms):
         label = f"nf4_linear-{name}-{how}-{'x'.join(map(str, form[:3]))}"
         label += "-backward" * transposed + "-unaligned" * (not aligned)
