@@ -8,15 +8,18 @@ shape (numbers that Triton specialises on) and constants (``tl.constexpr``).
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IN_INTERPRETER = tl.constexpr(INTERPRETED)  # the same, for kernels to read
+HIP = bool(torch.version.hip)
 
 FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -76,6 +79,7 @@ def device_of(index: int | None) -> Device:
 
 
 _HANDLES: dict[Any, Any] = {}
+_MANY = 4096  # handles: a layout may bring the number of rows into the shape, as a stride
 
 
 def launch(
@@ -98,19 +102,22 @@ def launch(
     if INTERPRETED:
         fn[grid](*arguments)
         return
-    aligned = True
-    dtypes: list[torch.dtype | None] = []
-    for p in pointers:
-        if p is None:
-            dtypes.append(None)
-        else:
-            dtypes.append(p.dtype)
-            aligned = aligned and p.data_ptr() % 16 == 0
     index = pointers[0].device.index  # type: ignore[union-attr]  # the first is always there
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return launch(fn, grid, pointers, sizes, shape, constants, config)
-    key = (fn, index, tuple(dtypes), shape, constants, config)
+    aligned = True
+    kinds = [_kind(size) for size in sizes]
+    for p in pointers:
+        if p is None:
+            kinds.append(None)
+        else:
+            kinds.append(p.dtype)
+            aligned = aligned and p.data_ptr() % 16 == 0
+            if HIP:  # offsets of 32 bits, where they reach all of the storage
+                kinds.append(p.untyped_storage().nbytes() < 2**31)
+    # fn.fn: hashing a JITFunction takes a lock
+    key = (fn.fn, index, tuple(kinds), shape, constants, config)
     handle = _HANDLES.get(key) if aligned else None
     if handle is not None:
         handle[grid](*arguments)
@@ -122,14 +129,30 @@ def launch(
         enable_fp_fusion=config.fp_fusion,
     )
     if aligned:
+        if len(_HANDLES) >= _MANY:
+            _HANDLES.clear()
         _HANDLES[key] = handle
 
 
-_SCRATCH: dict[Any, torch.Tensor] = {}
+def _kind(size: Any) -> Any:
+    """What of a size Triton compiles into the kernel: its type."""
+    if isinstance(size, float):
+        return float
+    return 32 if -(2**31) <= size < 2**31 else 64 if size < 2**63 else "unsigned"
+
+
+class _Scratch(threading.local):
+    """Of each thread its own: between the launches of one op come those of others."""
+
+    def __init__(self) -> None:
+        self.held: dict[Any, torch.Tensor] = {}
+
+
+_SCRATCH = _Scratch()
 
 
 def scratch(name: str, like: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """At least ``count`` elements of working memory, kept for the next call on this stream.
+    """At least ``count`` elements of working memory, kept for the thread's next call on the stream.
 
     A graph that is being captured gets memory of its own, which lives as long as the graph.
     """
@@ -137,11 +160,12 @@ def scratch(name: str, like: torch.Tensor, count: int, dtype: torch.dtype) -> to
     if like.is_cuda:
         if torch.cuda.is_current_stream_capturing():
             return torch.empty(count, dtype=dtype, device=like.device)
-        stream = torch.cuda.current_stream(like.device).cuda_stream
+        stream = triton.runtime.driver.active.get_current_stream(like.device.index)
     key = (name, like.device, stream, dtype)
-    held = _SCRATCH.get(key)
+    held = _SCRATCH.held.get(key)
     if held is None or held.numel() < count:
-        held = _SCRATCH[key] = torch.empty(max(count, 1024), dtype=dtype, device=like.device)
+        held = torch.empty(max(count, 1024), dtype=dtype, device=like.device)
+        _SCRATCH.held[key] = held
     return held
 
 

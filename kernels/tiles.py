@@ -24,11 +24,10 @@ def precision(x: torch.dtype, weights: torch.dtype) -> str:
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b: a [M, K], b [K, N], acc [M, N] float32."""
-    if PRECISION == "native":
-        if IN_INTERPRETER:  # its bfloat16 product is wrong
-            return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-        else:  # the compiler goes on past a return in a nested branch
-            return tl.dot(a, b, acc)
+    if IN_INTERPRETER:  # whose own is wrong in bfloat16, and of an order that M decides
+        return acc + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
+    elif PRECISION == "native":
+        return tl.dot(a, b, acc)
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
 
@@ -66,6 +65,7 @@ def expand(
 
     h_rows: pointers to the partial h of each row [BLOCK_M].
     """
+    HOW: tl.constexpr = "tf32" if PRECISION == "native" else PRECISION  # h is float32
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r0 in range(0, rank, BLOCK_R):
         i_r = r0 + tl.arange(0, BLOCK_R)
@@ -78,5 +78,5 @@ def expand(
             p_b + i_r[:, None] * stride_br + i_out[None, :] * stride_bo,
             m_r[:, None] & m_out[None, :], 0.0,
         )  # [BLOCK_R, BLOCK_N]  # fmt: skip
-        acc = dot(b_h, b_b, acc, PRECISION)
+        acc = dot(b_h, b_b, acc, HOW)
     return acc

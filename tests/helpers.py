@@ -28,7 +28,7 @@ def kinds_of(*dtypes: str) -> tuple[str, ...]:
 def f64(a: Any) -> np.ndarray:
     """float64 of a NumPy array or torch tensor."""
     if isinstance(a, torch.Tensor):
-        return a.detach().double().numpy()
+        return a.detach().double().cpu().numpy()
     return np.asarray(a, dtype=np.float64)
 
 
@@ -73,7 +73,7 @@ def bits(a: Any) -> bytes:
     """The bytes of an array, NaN included."""
     if isinstance(a, torch.Tensor):
         width = {2: torch.int16, 4: torch.int32}[a.element_size()]
-        return a.contiguous().view(width).numpy().tobytes()
+        return a.cpu().contiguous().view(width).numpy().tobytes()
     return np.ascontiguousarray(a).tobytes()
 
 
