@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from .launch import FLOATS, Device, Variant, Variants, cdiv, launch, scratch
-from .lora_delta import BLOCK_K, BLOCK_R, EXPAND, SHRINK, spans
+from .lora_delta import BLOCK_R, EXPAND, SHRINK, block_k, spans
 from .storage import Adapters
 from .tiles import expand, precision, project
 
@@ -54,8 +54,8 @@ def add_deltas(
     splits, stride_in, stride_ik, stride_wn, stride_wk,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + the deltas of rows i_m in columns i_n = n_first + [0, BLOCK_N), and touched or'ed
-    with where an adapter has a delta: both [BLOCK_M, BLOCK_N]. k = 0 adds none.
+    """acc [BLOCK_M, BLOCK_N] + the deltas of rows i_m in columns i_n = n_first + [0, BLOCK_N),
+    and touched [BLOCK_M] or'ed with which rows have one there. k = 0 adds none.
 
     p_h: partial h [n, k, splits, slices, rank_stride].
     """
@@ -86,9 +86,8 @@ def add_deltas(
                         h_rows + s * rank_stride, mine, slices * rank_stride, splits, factor,
                         width, 1, rank, i_o, m_o, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
                     )  # [BLOCK_M, BLOCK_N]  # fmt: skip
-                    here = mine[:, None] & m_o[None, :]
-                    acc = tl.where(here, acc + b_y * weight[:, None], acc)
-                    touched = touched | here
+                    acc = tl.where(mine[:, None], acc + b_y * weight[:, None], acc)
+                    touched = touched | mine
             pending = tl.where(mine, NOT_PENDING, pending)
             current = tl.min(pending, 0)
     return acc, touched
@@ -147,28 +146,40 @@ def _shrink(
 @triton.jit(do_not_specialize=["n", "k", "weighted", "slots", "rank_stride", "accumulate"])
 def _expand(
     p_y, p_ids, p_weights, p_h, p_arena, p_offsets, p_ranks, p_scalings, p_firsts,
-    n, k, weighted, slots, rank_stride, accumulate, out_features, in_features, slices,
-    transposed, splits, stride_yn, stride_yo, stride_in, stride_ik, stride_wn, stride_wk,
+    n, k, weighted, slots, rank_stride, accumulate, in_features, slices, transposed, splits,
+    stride_yn, stride_yo, stride_in, stride_ik, stride_wn, stride_wk,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y [n, out] from the partial h; grid (rows / ROWS, out / BLOCK_N, 1)."""
+    """y [n, out] from the partial h; grid (rows / ROWS, blocks of all slices, 1).
+
+    A block's columns are of one slice: a row that has no adapter for it keeps its bits.
+    """
     lane = tl.arange(0, BLOCK_M)
     i_m = tl.program_id(0) * ROWS + lane
     m_m = (lane < ROWS) & (i_m < n)
-    n_first = tl.program_id(1) * BLOCK_N
+    tile = tl.program_id(1)
+    n_first, n_end = tile * BLOCK_N, in_features
+    if transposed == 0:
+        for s in range(slices):
+            first, end = tl.load(p_firsts + s), tl.load(p_firsts + s + 1)
+            tiles = tl.cdiv(end - first, BLOCK_N)
+            if (tile >= 0) & (tile < tiles):
+                n_first, n_end = first + tile * BLOCK_N, end
+            tile -= tiles
     i_n = n_first + tl.arange(0, BLOCK_N)
-    m_y = m_m[:, None] & (i_n < out_features)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc, touched = add_deltas(
-        acc, acc != 0, p_ids, p_weights, p_h, p_arena, p_offsets, p_ranks, p_scalings, p_firsts,
+        acc, lane < 0, p_ids, p_weights, p_h, p_arena, p_offsets, p_ranks, p_scalings, p_firsts,
         i_m, m_m, i_n, n_first, k, weighted, slots, rank_stride, in_features, slices, transposed,
         splits, stride_in, stride_ik, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
     )  # fmt: skip
     to = p_y + i_m.to(tl.int64)[:, None] * stride_yn + i_n.to(tl.int64)[None, :] * stride_yo
-    m_add = m_y & touched & (accumulate != 0)
+    m_n = i_n < n_end
+    m_add = (touched & (accumulate != 0))[:, None] & m_n[None, :]
     acc += tl.load(to, m_add, 0.0).to(tl.float32)
-    tl.store(to, acc.to(p_y.dtype.element_ty), m_y & (touched | (accumulate == 0)))
+    m_y = (touched | (m_m & (accumulate == 0)))[:, None] & m_n[None, :]
+    tl.store(to, acc.to(p_y.dtype.element_ty), m_y)
 
 
 class Batch(NamedTuple):
@@ -201,7 +212,7 @@ class Tiling(NamedTuple):
 
 def tiling(n: int) -> Tiling:
     """Neither of these changes the order in which a row is summed."""
-    return Tiling(1, 16, 256) if n <= 256 else Tiling(32, 32, 128)
+    return Tiling(1, 16, 128) if n <= 256 else Tiling(32, 32, 64)
 
 
 def shrink(x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -210,14 +221,14 @@ def shrink(x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
     splits, span = spans(max(a.outs) if batch.transposed else a.in_features)
     slices, rank_stride = len(a.outs), batch.rank_stride
     h = scratch("h", x, n * k * splits * slices * rank_stride, torch.float32)
-    tile = tiling(n)
+    tile, how = tiling(n), precision(x.dtype, a.arena.dtype)
     grid = cdiv(n, tile.rows), splits, k * slices * (rank_stride // BLOCK_R)
     launch(
         _shrink, grid, (x, batch.ids, h, a.arena, a.offsets, a.ranks, a.firsts, a.flag),
         (n, k, a.ranks.shape[0], rank_stride),
         (a.in_features, slices, int(batch.transposed), splits, span, *x.stride(),
          *batch.ids.stride()),
-        (tile.rows, tile.block_m, BLOCK_R, BLOCK_K, precision(x.dtype, a.arena.dtype)), SHRINK,
+        (tile.rows, tile.block_m, BLOCK_R, block_k(how), how), SHRINK,
     )  # fmt: skip
     return h, splits
 
@@ -227,13 +238,14 @@ def batched_lora_delta(x: torch.Tensor, batch: Batch, out: torch.Tensor, accumul
     a, (n, k) = batch.adapters, batch.ids.shape
     h, splits = shrink(x, batch)
     tile = tiling(n)
+    outs = (a.in_features,) if batch.transposed else a.outs
     weights = a.scalings if batch.weights is None else batch.weights
     launch(
-        _expand, (cdiv(n, tile.rows), cdiv(out.shape[1], tile.block_n), 1),
+        _expand, (cdiv(n, tile.rows), sum(cdiv(o, tile.block_n) for o in outs), 1),
         (out, batch.ids, weights, h, a.arena, a.offsets, a.ranks, a.scalings, a.firsts),
         (n, k, int(batch.weights is not None), a.ranks.shape[0], batch.rank_stride,
          int(accumulate)),
-        (out.shape[1], a.in_features, len(a.outs), int(batch.transposed), splits, *out.stride(),
+        (a.in_features, len(a.outs), int(batch.transposed), splits, *out.stride(),
          *batch.strides),
         (*tile, BLOCK_R, precision(x.dtype, a.arena.dtype)), EXPAND,
     )  # fmt: skip
@@ -252,11 +264,11 @@ def variants(device: Device) -> Variants:
                 f"{name}-shrink", _shrink,
                 (names[0], "i32", "fp32", names[1], "i64", "i32", "i32", "i32"), ("i32",) * 4,
                 (4096, 1, 0, splits, span, 4096, 1, 1, 1),
-                (tile.rows, tile.block_m, BLOCK_R, BLOCK_K, how), SHRINK, matrix,
+                (tile.rows, tile.block_m, BLOCK_R, block_k(how), how), SHRINK, matrix,
             )  # fmt: skip
             yield Variant(
                 f"{name}-expand", _expand,
                 (names[0], "i32", "fp32", "fp32", names[1], "i64", "i32", "fp32", "i32"),
-                ("i32",) * 6, (4096, 4096, 1, 0, splits, 4096, 1, 1, 1, 1, 1),
+                ("i32",) * 6, (4096, 1, 0, splits, 4096, 1, 1, 1, 1, 1),
                 (*tile, BLOCK_R, how), EXPAND, matrix,
             )  # fmt: skip

@@ -116,9 +116,7 @@ def compile_variant(variant: Variant, device: Device, plain: bool = False) -> An
         return variant.fn.warmup(
             *given,
             grid=(1, 1, 1),
-            num_warps=variant.config.num_warps,
-            num_stages=variant.config.num_stages,
-            enable_fp_fusion=variant.config.fp_fusion,
+            **variant.config.options(device.backend),
         )
 
 

@@ -46,11 +46,26 @@ DEVICES = {
 
 
 class Config(NamedTuple):
-    """How a kernel is compiled. fp_fusion: whether a * b + c may become one rounding."""
+    """How a kernel is compiled.
+
+    fp_fusion: whether a * b + c may become one rounding. registers: the most a thread may
+    have on NVIDIA, all of which the compiler then uses before it spills; 0: as it sees fit.
+    """
 
     num_warps: int = 4
     num_stages: int = 2
     fp_fusion: bool = True
+    registers: int = 0
+
+    def options(self, backend: str) -> dict[str, Any]:
+        """In Triton's words."""
+        limit = {"maxnreg": self.registers} if self.registers and backend == "cuda" else {}
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fp_fusion,
+            **limit,
+        }
 
 
 @cache
@@ -122,12 +137,7 @@ def launch(
     if handle is not None:
         handle[grid](*arguments)
         return
-    handle = fn[grid](
-        *arguments,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=config.fp_fusion,
-    )
+    handle = fn[grid](*arguments, **config.options("hip" if HIP else "cuda"))
     if aligned:
         if len(_HANDLES) >= _MANY:
             _HANDLES.clear()

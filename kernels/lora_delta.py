@@ -64,21 +64,26 @@ def _expand(
     tl.store(to, b_y.to(p_y.dtype.element_ty), m_y)
 
 
-BLOCK_K = 128
+SPAN = 128  # features: what the spans of the sum over features are multiples of
 BLOCK_R = 16  # also of the sum over ranks, whatever the rank: it is part of its order
-SHRINK, EXPAND = Config(4, 3), Config(4, 2)
+SHRINK, EXPAND = Config(4, 3, registers=224), Config(4, 1, registers=128)
 
 
 def spans(features: int) -> tuple[int, int]:
     """(splits, features in each) of the sum over features: a function of the shape alone."""
     splits = min(max(features // 512, 1), 16)
-    span = cdiv(cdiv(features, splits), BLOCK_K) * BLOCK_K
+    span = cdiv(cdiv(features, splits), SPAN) * SPAN
     return cdiv(features, span), span
+
+
+def block_k(how: str) -> int:
+    """Features at a time: what a product in float32 holds is in registers."""
+    return {"native": SPAN, "tf32": 64, "ieee": 16}[how]
 
 
 def tiles(n: int) -> tuple[int, int]:
     """(rows, columns) of a block. Neither changes the order in which a row is summed."""
-    return (16, 256) if n <= 64 else (32, 128)
+    return (16, 128) if n <= 64 else (32, 64)
 
 
 def lora_delta(
@@ -99,7 +104,7 @@ def lora_delta(
     launch(
         _shrink, (cdiv(n, block_m), splits, cdiv(rank, BLOCK_R)), (x, A, h), (n,),
         (features, rank, *x.stride(), *A.stride(), splits, span),
-        (block_m, BLOCK_R, BLOCK_K, how), SHRINK,
+        (block_m, BLOCK_R, block_k(how), how), SHRINK,
     )  # fmt: skip
     launch(
         _expand, (cdiv(n, block_m), cdiv(out_features, block_n), 1), (h, B, out),
@@ -119,7 +124,7 @@ def variants(device: Device) -> Variants:
             name = f"lora_delta-{names[0]}-{names[1]}-{block_m}"
             yield Variant(
                 f"{name}-shrink", _shrink, (*names, "fp32"), ("i32",),
-                (4096, 16, 4096, 1, 4096, 1, *spans(4096)), (block_m, BLOCK_R, BLOCK_K, how),
+                (4096, 16, 4096, 1, 4096, 1, *spans(4096)), (block_m, BLOCK_R, block_k(how), how),
                 SHRINK, matrix,
             )  # fmt: skip
             yield Variant(

@@ -198,7 +198,7 @@ def _finish(
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y [n, C]: the deltas (k = 0: none), the parts in order, the bias.
+    """y [n, C]: the parts in order, the bias, then the deltas (k = 0: none).
 
     Grid (rows / ROWS, C / BLOCK_C, 1).
     """
@@ -210,13 +210,12 @@ def _finish(
     m_c = i_c < features
     m_y = m_m[:, None] & m_c[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    touched = acc != 0  # by a delta: of no interest
     for part in range(parts):
         part_rows = p_parts + (part * n.to(tl.int64) + i_m) * features
         acc += tl.load(part_rows[:, None] + i_c[None, :], m_y, 0.0)
     acc += _bias(p_bias, kind, i_c, m_c)[None, :]
     acc, _touched = add_deltas(
-        acc, touched, p_ids, p_weights, p_h, p_arena, p_offsets, p_ranks, p_scalings, p_firsts,
+        acc, lane < 0, p_ids, p_weights, p_h, p_arena, p_offsets, p_ranks, p_scalings, p_firsts,
         i_m, m_m, i_c, c_first, k, weighted, slots, rank_stride, in_features, slices, 0,
         splits, stride_in, stride_ik, stride_wn, stride_wk, BLOCK_M, BLOCK_C, BLOCK_R, PRECISION,
     )  # fmt: skip
@@ -239,7 +238,7 @@ FEW, SOME = Form(64, 16, 128, 4, Config(4, 1)), Form(64, 64, 64, 2, Config(4, 1)
 MANY, WIDE = Form(64, 128, 64, 1, Config(4, 2)), Form(64, 256, 64, 1, Config(4, 2))
 FEW_IEEE, IEEE = Form(64, 16, 64, 2, Config(4, 1)), Form(64, 64, 32, 1, Config(4, 1))
 UNALIGNED = Form(32, 32, 32, 2, Config(4, 1))
-FINISH = Config(4, 1)
+FINISH = Config(4, 1, registers=168)
 KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -323,12 +322,6 @@ def _multiply(
         _add_parts(x, to, parts, splits, bias, kind)
 
 
-def finish_tile(n: int) -> deltas.Tiling:
-    """That of the deltas alone, with half the columns: the parts need registers too."""
-    tile = deltas.tiling(n)
-    return tile._replace(block_n=tile.block_n // 2)
-
-
 @cache
 def _nothing(device: torch.device) -> tuple[torch.Tensor, ...]:
     """What stands for the tables of a pool where there is none."""
@@ -340,7 +333,7 @@ def _add_parts(
     x: torch.Tensor, to: Target, parts: torch.Tensor, splits: int, bias: torch.Tensor, kind: int
 ) -> None:
     n, features = to.y.shape
-    tile = finish_tile(n)
+    tile = deltas.tiling(n)
     i32, i64, f32 = _nothing(x.device)
     tables: tuple[torch.Tensor, ...] = i32, f32, f32, to.y, i64, i32, f32, i32
     sizes, shape, weights = (0, 0, 0, 0), (features, 1, 1), x.dtype
@@ -405,7 +398,7 @@ def variants(device: Device) -> Variants:
         )  # fmt: skip
     for (x, x_name), (w, w_name) in product(FLOATS.items(), FLOATS.items()):
         for n in (1, 4096):
-            how, tile = precision(x, w), finish_tile(n)
+            how, tile = precision(x, w), deltas.tiling(n)
             yield Variant(
                 f"nf4_linear-{x_name}-{w_name}-{tile.rows}-finish", _finish,
                 (x_name, "u8", "fp32", "i32", "fp32", "fp32", w_name, "i64", "i32", "fp32", "i32"),

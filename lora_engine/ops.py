@@ -295,7 +295,9 @@ def lora_fisher(
     B [out, r]. One row a sample: F_B = s² (grad∘grad)ᵀ(h∘h), F_A = s² (g∘g)ᵀ(x∘x),
     h = A x, g = Bᵀ grad. ``segments``: int32 offsets [S+1], ascending, 0 first and n last:
     sample i is rows segments[i] to segments[i+1], whose gradients are summed first and
-    squared then; it may be empty. No per-sample gradient of a row is formed.
+    squared then; it may be empty. No per-sample gradient of a row is formed. On a GPU the
+    offsets are not read for a check, which would be a wait: one outside [0, n] counts as the
+    nearer end, and where one descends the sample is empty.
 
     Returns new float32 arrays; or ``out``, a pair of float64 or float32 arrays, which is
     added to. Sums inside a call are kept in float64, so 10 million samples keep a relative

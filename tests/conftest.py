@@ -11,8 +11,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 
+from helpers_kernels import check_launches
+
 import lora_engine as le
 from lora_engine.backends import chosen
+from lora_engine.kernels import launch
 
 hypothesis.settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("full", max_examples=1500, deadline=None)
@@ -39,3 +42,12 @@ def backend(request):
         chosen.cache_clear()
         yield request.param
     chosen.cache_clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gated_launches():
+    """A launch of what no variants() yields, and so nobody compiled, fails; interpreted ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        if launch.INTERPRETED:
+            check_launches(patch)
+        yield

@@ -145,9 +145,8 @@ ISAS = ", ".join(_C.isas_built())
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
-        ("BACKEND", "nonsense", "LORA_ENGINE_BACKEND=nonsense: expected one of cpu, reference"),
-        ("BACKEND", "CPU", "LORA_ENGINE_BACKEND=CPU: expected one of cpu, reference"),
-        ("BACKEND", "triton", "LORA_ENGINE_BACKEND=triton: expected one of cpu, reference"),
+        ("BACKEND", "nonsense", "LORA_ENGINE_BACKEND=nonsense: expected one of cpu, triton, reference"),
+        ("BACKEND", "CPU", "LORA_ENGINE_BACKEND=CPU: expected one of cpu, triton, reference"),
         ("ISA", "nonsense", f"LORA_ENGINE_ISA=nonsense: expected one of {ISAS}"),
         ("ISA", "AVX2", f"LORA_ENGINE_ISA=AVX2: expected one of {ISAS}"),
     ],
@@ -157,6 +156,15 @@ def test_what_cannot_be_had_fails_loudly(variable, value, says):
     assert ran.returncode != 0
     assert says in ran.stderr.splitlines()[-1]
     assert "backend cpu: " in ran.stdout  # doctor still says what there is
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_without_a_gpu_fails_loudly():
+    environment = {"LORA_ENGINE_BACKEND": "triton", "TRITON_INTERPRET": "0"}
+    ran = run_python("-m", "lora_engine.cli", "doctor", **environment)
+    assert ran.returncode != 0
+    assert "backend triton: no GPU (on a CPU the kernels run with TRITON_INTERPRET=1" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 @pytest.mark.parametrize("isa", _C.isas_built())

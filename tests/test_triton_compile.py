@@ -10,7 +10,6 @@ import ast
 import inspect
 import json
 import os
-import pkgutil
 import signal
 import subprocess
 import sys
@@ -19,25 +18,23 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from threading import local
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from helpers_kernels import GATED, MODULES
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-import lora_engine.kernels
-from lora_engine.kernels.launch import DEVICES
+from lora_engine.kernels.launch import DEVICES, INTERPRETED, device_of
 
-FILES = sorted({m.name for m in pkgutil.iter_modules(lora_engine.kernels.__path__)})
-MODULES = {name: import_module(f"lora_engine.kernels.{name}") for name in FILES}
-GATED = [name for name, module in MODULES.items() if hasattr(module, "variants")]
 PLAIN = (False, True) if os.environ.get("LORA_ENGINE_TEST_PROFILE") == "full" else (False,)
 CASES = [(name, device) for name in GATED for device in DEVICES]
 
+WORKER = Path(__file__).with_name("compile_kernels.py")
 KINDS = (JITFunction, InterpretedFunction)
 Answers = list[Future[dict[str, Any]]]
 
@@ -45,7 +42,8 @@ Answers = list[Future[dict[str, Any]]]
 class Compilers:
     """A process a core, kept over many compilations; started anew where one died."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, script: Path = WORKER) -> None:
+        self.script = script
         self.environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
         self.environment.pop("TRITON_INTERPRET", None)
         self.threads = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 16))
@@ -75,7 +73,7 @@ class Compilers:
 
     def _start(self) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))],
+            [sys.executable, str(self.script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=self.environment,
@@ -129,7 +127,7 @@ def test_every_variant_compiles(
     found = [future.result() for future in answers[case]]
     with capsys.disabled():
         seconds = sum(answer["seconds"] for answer in found)
-        print(f"{module} {device}: {len(found)} compiled, {seconds:.0f} s ", end="", flush=True)
+        print(f"\n{module} {device}: {len(found)} in {seconds:.0f} s ", end="", flush=True)
     wrong = [
         f"{name}{' (odd shape)' if i % len(PLAIN) else ''}: {', '.join(answer['problems'])}"
         for i, (name, answer) in enumerate(zip(names, found, strict=True))
@@ -179,3 +177,46 @@ def test_every_kernel_is_a_variant(device: str) -> None:
         if fn not in gated and (fn not in helpers or fn in launched(module))
     ]
     assert not missing, f"not in variants(), and not a helper of another kernel: {missing}"
+
+
+FAILS = """
+import json, os, signal, sys, time
+for line in sys.stdin:
+    index = json.loads(line)["index"]
+    if index == 1:
+        os._exit(3)
+    if index == 2:
+        signal.alarm(1)
+    if index >= 2:
+        time.sleep(600)
+    print(json.dumps({"problems": []}), flush=True)
+"""
+
+
+def test_a_compiler_that_dies_or_hangs_is_told_and_ended(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    compilers = Compilers(tmp_path, script)
+    try:
+        futures = [compilers.submit("m", "sm_90", index, False) for index in (0, 1, 0, 2, 0)]
+        assert [future.result()["problems"] for future in futures] == [
+            [], ["ended the compiler with 3"], [], ["took too long"], [],
+        ]  # fmt: skip
+        for _ in range(40):  # more than there are processes
+            compilers.submit("m", "sm_90", 3, False)
+        begun = time.monotonic()
+    finally:
+        compilers.close()
+    assert time.monotonic() - begun < 60
+    assert all(process.returncode is not None for process in compilers.started)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="launches are checked in the interpreter")
+def test_a_launch_that_is_no_variant_fails() -> None:
+    module = MODULES["lora_delta"]
+    variant = next(iter(module.variants(device_of(None))))
+    pointers = (torch.zeros(1, dtype=torch.int8),) * len(variant.pointers)
+    with pytest.raises(AssertionError, match="no variant: _shrink"):
+        module.launch(
+            variant.fn, (0, 1, 1), pointers, (1,), variant.shape, variant.constants, variant.config
+        )

@@ -217,7 +217,7 @@ def test_compute_float32_is_float32():
     assert np.linalg.norm(f64(y) - wide) <= 1e-6 * np.linalg.norm(wide)
 
 
-@pytest.mark.parametrize(("x_size", "w_size"), [(65504.0, 1e-4), (1.0, 1e-6), (1e-3, 1e6)])
+@pytest.mark.parametrize(("x_size", "w_size"), [(65504.0, 1e-4), (1e3, 1e-6), (1e-3, 1e6)])
 def test_float16_with_weights_out_of_its_range(x_size, w_size):
     rng = np.random.default_rng(0)
     for n, features in ((1, 64), (5, 64), (5, 33)):
@@ -369,8 +369,8 @@ def test_what_does_not_fit_is_refused_before_damage():
         ({"bias": x[0, :9]}, ValueError, r"bias: expected shape \[out\] = \[8\], got \[9\]"),
         ({"bias": x[0, :8].double()}, TypeError, "bias: expected float32, bfloat16 or float16"),
         ({"compute": "int8"}, ValueError, "compute: expected float32, bfloat16 or None, got int8"),
-        ({"pool": small, "ids": ids}, ValueError, r"pool: expected one of .*\[64, 8\], got \[64, 7\]"),
-        ({"out": x[:, :8]}, ValueError, "out: expected memory of its own, got memory shared with x"),
+        ({"pool": small, "ids": ids}, ValueError, r"pool: expected .*\[64, 8\], got \[64, 7\]"),
+        ({"out": x[:, :8]}, ValueError, "out: expected memory of its own, got .* shared with x"),
         ({"out": x.half()[:, :8].clone()}, TypeError, "out: expected float32, the dtype of x"),
     ]  # fmt: skip
     for changes, error, message in cases:

@@ -20,7 +20,7 @@ class Backend(NamedTuple):
 
     name: str
     module: str
-    about: str
+    about: Callable[[], str]
     missing: Callable[[], str | None]
 
 
@@ -46,15 +46,38 @@ def _triton_missing() -> str | None:
             return f"{name} is not installed (pip install lora-engine[torch])"
     import torch
 
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return "no GPU (on a CPU the kernels run with TRITON_INTERPRET=1, slowly)"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no GPU (on a CPU the kernels run with TRITON_INTERPRET=1, slowly)"
+    from lora_engine.kernels.launch import device_of
+
+    try:
+        device_of(None)
+    except RuntimeError as unsupported:
+        return str(unsupported)
+    return None
+
+
+def _triton_about() -> str:
+    import torch
+    import triton
+
+    from lora_engine.kernels.launch import INTERPRETED, device_of
+
+    if INTERPRETED:
+        return f"Triton {triton.__version__}, interpreted on the CPU, slowly"
+    name = torch.cuda.get_device_name()
+    return f"Triton {triton.__version__}, {name}; using {device_of(None).name}"
 
 
 _REGISTRY = (
-    Backend("cpu", "lora_engine._C", "C++", _cpu_missing),
-    Backend("triton", "lora_engine.backends.triton", "Triton, GPU", _triton_missing),
-    Backend("reference", "lora_engine.backends.reference", "float64 NumPy, slow", lambda: None),
+    Backend("cpu", "lora_engine._C", _cpu_about, _cpu_missing),
+    Backend("triton", "lora_engine.backends.triton", _triton_about, _triton_missing),
+    Backend(
+        "reference",
+        "lora_engine.backends.reference",
+        lambda: "float64 NumPy, slow",
+        lambda: None,
+    ),
 )
 
 
@@ -79,12 +102,11 @@ def chosen(gpu: bool = False) -> Any:
 def backends() -> dict[str, str]:
     """What is there and, for what is not, why not: ``{name: text}``.
 
-    The text of a backend that can be had says which instruction set runs;
+    The text of a backend that can be had says which instruction set or device runs;
     else it begins with "unavailable:".
     """
     report = {}
     for entry in _REGISTRY:
         why = entry.missing()
-        about = _cpu_about() if entry.name == "cpu" and not why else entry.about
-        report[entry.name] = f"unavailable: {why}" if why else about
+        report[entry.name] = f"unavailable: {why}" if why else entry.about()
     return report

@@ -11,7 +11,12 @@ from lora_engine.backends.triton_arrays import (
     matrix,
     output,
 )
-from lora_engine.backends.triton_nf4 import (  # noqa: F401  the registry looks here for them
+from lora_engine.backends.triton_fisher import (  # noqa: F401
+    fisher_accumulate,
+    lora_fisher,
+    lora_fisher_factors,
+)
+from lora_engine.backends.triton_nf4 import (  # noqa: F401
     Nf4,
     nf4_decode,
     nf4_encode,

@@ -5,7 +5,7 @@ Under Triton's interpreter the device is the CPU, and NumPy arrays are taken too
 
 from __future__ import annotations
 
-import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ def refuse(kind: type[Exception], op: str, name: str, expected: str, got: Any) -
 def tensor(op: str, name: str, array: Any) -> torch.Tensor:
     """The tensor itself, or a NumPy array's memory as one; on a device the kernels run on."""
     if isinstance(array, torch.Tensor):
-        if array.requires_grad:
+        if array.requires_grad and torch.is_grad_enabled():
             raise refuse(
                 ValueError, op, name, "a tensor outside autograd",
                 "one that requires grad: wrap the call in torch.no_grad() or pass tensor.detach()",
@@ -39,9 +39,8 @@ def tensor(op: str, name: str, array: Any) -> torch.Tensor:
                 ValueError, op, name, f"a tensor on {wanted}{why}", f"one on {array.device}"
             )
         device_of(array.device.index)  # or RuntimeError
-        return array
-    if array is None:
-        raise refuse(ValueError, op, name, "an array", "none")
+        _check_memory(op, name, array)
+        return array.detach() if array.requires_grad else array
     if not isinstance(array, np.ndarray):
         got = type(array).__name__
         raise refuse(TypeError, op, name, "a NumPy array or a torch tensor", got)
@@ -50,14 +49,33 @@ def tensor(op: str, name: str, array: Any) -> torch.Tensor:
     return _borrowed(op, name, array)
 
 
+def _check_memory(op: str, name: str, array: torch.Tensor) -> None:
+    """Refuses tensors whose memory is not there, or does not hold their values."""
+    try:
+        there = bool(array.data_ptr()) or not array.numel()
+    except RuntimeError:  # of a fake tensor
+        there = False
+    if not there:
+        raise refuse(ValueError, op, name, "an array with memory", "one without")
+    if array.is_neg():
+        got = "a tensor with the negative bit set: pass tensor.resolve_neg()"
+        raise refuse(ValueError, op, name, "plain memory", got)
+
+
+def _shareable(array: np.ndarray) -> bool:
+    """Whether torch can take the memory as it is."""
+    strides = all(s >= 0 and not s % array.itemsize for s in array.strides)
+    return strides and array.flags.writeable and array.flags.aligned
+
+
 def _borrowed(op: str, name: str, array: np.ndarray) -> torch.Tensor:
     """A NumPy array's memory as a tensor; where torch cannot share it, a copy."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise refuse(TypeError, op, name, "a plain array", "a masked one")
     if not array.dtype.isnative:
         raise refuse(ValueError, op, name, "native byte order", array.dtype)
-    if not array.flags.writeable or any(s < 0 or s % array.itemsize for s in array.strides):
-        array = array.copy()
     try:
-        return torch.from_numpy(array)
+        return torch.from_numpy(array if _shareable(array) else array.copy())
     except TypeError:
         raise refuse(TypeError, op, name, _ANY_FLOAT, array.dtype) from None
 
@@ -80,8 +98,14 @@ def check_device(op: str, name: str, got: torch.Tensor, like: torch.Tensor, of: 
         raise refuse(ValueError, op, name, f"a tensor on {like.device}, where {of} is", got.device)
 
 
-def check_finite(op: str, name: str, value: float) -> None:
-    if not math.isfinite(value):
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def check_finite(op: str, name: str, value: Any) -> None:
+    """Of numbers that kernels take as float32."""
+    if not isinstance(value, Real):
+        raise refuse(TypeError, op, name, "a number", type(value).__name__)
+    if not abs(float(value)) <= _LARGEST:
         raise refuse(ValueError, op, name, "a finite number", value)
 
 
@@ -99,14 +123,15 @@ def matrix(
     rows: int | None = None,
     cols: int | None = None,
     like: torch.Tensor | None = None,
+    of: str = "x",
 ) -> torch.Tensor:
-    """A checked float matrix, a vector being one row, on the device of ``like``."""
+    """A checked float matrix, a vector being one row, on the device of ``like``, argument of."""
     given = tensor(op, name, array)
     check_float(op, name, given.dtype)
     given = given.unsqueeze(0) if given.ndim == 1 else given
     check_shape(op, name, given, rows, cols)
     if like is not None:
-        check_device(op, name, given, like, "x")
+        check_device(op, name, given, like, of)
     return given
 
 
@@ -149,8 +174,11 @@ def check_output(op: str, name: str, given: Any, out: torch.Tensor) -> None:
     if isinstance(given, np.ndarray):
         if not given.flags.writeable:
             raise refuse(ValueError, op, name, "a writable array", "a read-only one")
-        if any(s < 0 or s % given.itemsize for s in given.strides):
-            raise refuse(ValueError, op, name, "strides that torch can take", given.strides)
+        if not _shareable(given):
+            got = f"strides {given.strides} at {given.ctypes.data % given.itemsize} bytes past one"
+            raise refuse(ValueError, op, name, "whole elements, forward in memory", got)
+    if not out.numel():
+        return
     sizes = sorted((s, n) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1)
     reach = 1
     for stride, n in sizes:
