@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    DTYPE_PAIRS,
     DTYPES,
     LAYOUTS,
     TOLERANCE,
@@ -17,7 +18,6 @@ from helpers import (
     strided,
 )
 from helpers_triton import (  # noqa: F401  the fixture
-    DEVICE,
     few,
     indices,
     interpreted,
@@ -61,10 +61,10 @@ def packed(rng, rows, cols, blocksize=64, double_quant=False):
 
 
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @few
 @given(data=st.data())
-def test_the_bytes_are_those_of_the_reference(dtype, blocksize, data):
+def test_the_bytes_are_those_of_the_reference(blocksize, data):
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     rows = data.draw(st.sampled_from([1, 2, 3, 17]), "rows")
     cols = data.draw(st.sampled_from([1, 31, 33, 64, 127, 300]), "cols")
     layout = data.draw(st.sampled_from(LAYOUTS), "layout")
@@ -178,8 +178,9 @@ def test_matches_reference(dtype, compute, data):
     assert bits(le.nf4_linear(x, w, bias, compute=compute)) == bits(y)
 
 
-@pytest.mark.parametrize("features", [160, 93])
-@pytest.mark.parametrize("n", [1, 2, 17, 65, 130])
+@pytest.mark.parametrize(
+    ("n", "features"), [(1, 160), (2, 160), (17, 96), (65, 64), (130, 32), (1, 93), (33, 93)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_form(dtype, n, features):
     rng = np.random.default_rng(n)
@@ -189,15 +190,23 @@ def test_every_form(dtype, n, features):
     assert_linear(y, x, w, dtype)
 
 
-@pytest.mark.parametrize(("n", "out", "features"), [(1, 20, 4096), (3, 20, 4096), (2, 3, 2049)])
-def test_sums_that_are_split(n, out, features):
-    """One row of a long matrix also goes through parts: few tiles, many features."""
+@pytest.mark.parametrize(
+    ("n", "out", "features", "dtype"),
+    [
+        (1, 20, 2048, "float32"),
+        (3, 20, 1056, "float32"),
+        (3, 20, 1536, "bfloat16"),
+        (20, 3, 1056, "float16"),
+        (2, 3, 2049, "float32"),
+    ],
+)
+def test_sums_that_are_split(n, out, features, dtype):
+    """Few tiles, many features."""
     rng = np.random.default_rng(0)
     bias = on_device(rng.standard_normal(out))
-    for dtype, double_quant in (("float32", False), ("bfloat16", True)):
-        w = packed(rng, out, features, 64, double_quant)
-        x = on_device(rng.standard_normal((n, features)), dtype)
-        assert_linear(le.nf4_linear(x, w, bias), x, w, dtype, None, bias)
+    w = packed(rng, out, features, 64, features == 1536)
+    x = on_device(rng.standard_normal((n, features)), dtype)
+    assert_linear(le.nf4_linear(x, w, bias), x, w, dtype, None, bias)
 
 
 @pytest.mark.parametrize("features", [64, 93])
@@ -250,33 +259,35 @@ def test_leading_dimensions_and_a_vector():
 # ---- with adapters ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("pool_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_deltas_are_added(dtype, pool_dtype):
+MIXED = (3, 2, [17, (2, 0)])  # rows, adapters of each, ranks
+BATCHES = [(*pair, 2, 1, [1, 3]) for pair in DTYPE_PAIRS] + [(d, d, *MIXED) for d in DTYPES]
+
+
+@pytest.mark.parametrize(("dtype", "pool_dtype", "n", "k", "ranks"), BATCHES)
+def test_deltas_are_added(dtype, pool_dtype, n, k, ranks):
     rng = np.random.default_rng(7)
-    for n, features, k in ((1, 64, 1), (5, 33, 2)):
-        slices = (24, 16)
-        filled = fill_pool(rng, features, slices, [1, 17, (2, 0)], pool_dtype)
-        w, x = packed(rng, 40, features), on_device(rng.standard_normal((n, features)), dtype)
-        bias = on_device(rng.standard_normal(40), dtype)
-        ids = rng.integers(-1, 3, (n, k)).astype("i4")
-        ids[0] = 1
-        weights = rng.uniform(-1, 1, (n, k)).astype("f4") if k > 1 else None
-        delta = reference.batched_lora_delta(f64(x), filled.adapters, slices, ids, weights)
-        size = batch_magnitude(x, filled.adapters, slices, ids, weights)
-        y = strided(poisoned(x, n, 40), "columns")
-        on = None if weights is None else on_device(weights)
-        le.nf4_linear(x, w, bias, filled.pool, indices(ids), on, out=y)
-        assert_linear(y, x, w, dtype, None, bias, delta, size)
+    features, slices = (64, (20, 13)) if k == 1 else (33, (20, 13))
+    filled = fill_pool(rng, features, slices, ranks, pool_dtype)
+    w, x = packed(rng, 33, features), on_device(rng.standard_normal((n, features)), dtype)
+    bias = on_device(rng.standard_normal(33), dtype)
+    ids = rng.integers(-1, 2, (n, k)).astype("i4")
+    ids[0] = 1
+    weights = rng.uniform(-1, 1, (n, k)).astype("f4") if k > 1 else None
+    delta = reference.batched_lora_delta(f64(x), filled.adapters, slices, ids, weights)
+    size = batch_magnitude(x, filled.adapters, slices, ids, weights)
+    y = strided(poisoned(x, n, 33), "columns")
+    on = None if weights is None else on_device(weights)
+    le.nf4_linear(x, w, bias, filled.pool, indices(ids), on, out=y)
+    assert_linear(y, x, w, dtype, None, bias, delta, size)
 
 
 @pytest.mark.parametrize(("n", "features"), [(1, 64), (4, 1056), (4, 33), (17, 64), (260, 32)])
 def test_rows_without_an_adapter_keep_their_bits(n, features):
     rng = np.random.default_rng(n)
-    filled = fill_pool(rng, features, (40,), [1, 3, 2])
-    filled.pool.set(2, np.full((2, features), np.nan, "f4"), np.full((40, 2), np.nan, "f4"), 1.0)
-    w, x = packed(rng, 40, features), on_device(rng.standard_normal((n, features)), "bfloat16")
-    bias = on_device(rng.standard_normal(40))
+    filled = fill_pool(rng, features, (20,), [1, 3, 2])
+    filled.pool.set(2, np.full((2, features), np.nan, "f4"), np.full((20, 2), np.nan, "f4"), 1.0)
+    w, x = packed(rng, 20, features), on_device(rng.standard_normal((n, features)), "bfloat16")
+    bias = on_device(rng.standard_normal(20))
     plain = le.nf4_linear(x, w, bias)
     none, every = np.full(n, -1, "i4"), rng.integers(0, 2, n).astype("i4")
     assert bits(le.nf4_linear(x, w, bias, filled.pool, indices(none))) == bits(plain)
@@ -314,9 +325,17 @@ def assert_dx(rng, w, n, dtype, layout="contiguous"):
     assert np.linalg.norm(f64(dx) - f64(grad) @ W) <= TOLERANCE[dtype] * size
 
 
-@pytest.mark.parametrize(("n", "out", "features"), [(2, 2049, 33), (1, 1056, 64), (70, 40, 96)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dx_of_long_sums_and_many_rows(dtype, n, out, features):
+@pytest.mark.parametrize(
+    ("n", "out", "features", "dtype"),
+    [
+        (2, 2049, 33, "float32"),
+        (1, 1056, 64, "bfloat16"),
+        (70, 40, 96, "float32"),
+        (70, 40, 96, "bfloat16"),
+        (70, 40, 96, "float16"),
+    ],
+)
+def test_dx_of_long_sums_and_many_rows(n, out, features, dtype):
     rng = np.random.default_rng(n)
     assert_dx(rng, packed(rng, out, features), n, dtype)
 
