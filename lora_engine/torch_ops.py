@@ -95,11 +95,15 @@ class _Nf4Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = chosen().nf4_linear_backward(grad, ctx.w._storage, None)
             if pool is not None:
-                pool._storage.forward(grad, ctx.ids, ctx.weights, dx, True, True)
+                ids, weights = _beside(ctx.ids, grad), _beside(ctx.weights, grad)
+                pool._storage.forward(grad, ids, weights, dx, True, True)
         if ctx.needs_input_grad[1]:
             dbias = grad.sum(0).reshape(ctx.bias_shape)
         for slot, version in ctx.versions.items():
-            rows, scale = _rows_of(slot, ctx.ids, ctx.weights)
+            rows, scale = (
+                None if part is None else part.to(grad.device)
+                for part in _rows_of(slot, ctx.ids, ctx.weights)
+            )
             up = grad[rows] if scale is None else (grad[rows] * scale[:, None]).to(grad.dtype)
             pool.accumulate_gradient(slot, x[rows], up, version)
         return dx, dbias, None, None, None, None, None
@@ -107,7 +111,16 @@ class _Nf4Linear(torch.autograd.Function):
 
 def _copy(array: Any) -> np.ndarray | None:
     """As a NumPy array of its own, so that a caller may reuse the one it gave."""
-    return None if array is None else np.array(array.numpy() if hasattr(array, "numpy") else array)
+    if isinstance(array, torch.Tensor):
+        array = array.cpu().numpy()
+    return None if array is None else np.array(array)
+
+
+def _beside(array: np.ndarray | None, x: torch.Tensor) -> Any:
+    """The array, as a tensor on x's device where that is no CPU."""
+    if array is None or x.device.type == "cpu":
+        return array
+    return torch.from_numpy(array).to(x.device)
 
 
 def _tensor(array: Any) -> Any:
