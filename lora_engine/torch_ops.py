@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_engine.backends import chosen
+from lora_engine.backends import backend_of
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -76,8 +76,9 @@ class _Nf4Linear(torch.autograd.Function):
         storage = None if pool is None else pool._storage
         ctx.versions = {} if pool is None else _versions(pool, ctx.ids)
         bias = None if bias is None else bias.detach()
-        result: torch.Tensor = chosen().nf4_linear(
-            x, w._storage, bias, storage, ids, weights, None, compute
+        backend = backend_of(x)
+        result: torch.Tensor = backend.nf4_linear(
+            x, w.storage(backend), bias, storage, ids, weights, None, compute
         )
         return result
 
@@ -93,7 +94,8 @@ class _Nf4Linear(torch.autograd.Function):
             )
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = chosen().nf4_linear_backward(grad, ctx.w._storage, None)
+            backend = backend_of(grad)
+            dx = backend.nf4_linear_backward(grad, ctx.w.storage(backend), None)
             if pool is not None:
                 ids, weights = _beside(ctx.ids, grad), _beside(ctx.weights, grad)
                 pool._storage.forward(grad, ids, weights, dx, True, True)

@@ -319,7 +319,7 @@ def assert_dx(rng, w, n, dtype, layout="contiguous"):
     out, features = w.shape
     grad = strided(on_device(rng.standard_normal((n, out)), dtype), layout)
     dx = strided(poisoned(grad, n, features), layout)
-    assert chosen().nf4_linear_backward(grad, w._storage, dx) is dx
+    assert chosen().nf4_linear_backward(grad, w.storage(chosen()), dx) is dx
     W = w.to_float().astype("f8")
     size = np.linalg.norm(np.abs(f64(grad)) @ np.abs(W))
     assert np.linalg.norm(f64(dx) - f64(grad) @ W) <= TOLERANCE[dtype] * size
@@ -439,6 +439,6 @@ def test_the_packed_matrix_is_never_altered():
         for n in (1, 20):
             x = on_device(rng.standard_normal((n, 96))).requires_grad_()
             le.nf4_linear(x, w).sum().backward()
-        on = w._storage.on(x.device)
+        on = w.storage(chosen()).on(x.device)
         assert [part.tobytes() for part in parts_of(w)] == before
         assert on.codes.cpu().numpy().tobytes() == before[0]
