@@ -235,10 +235,10 @@ class Form(NamedTuple):
 
 ROW = Form(16, 1, 1024, 2, Config(4, 1))
 FEW, SOME = Form(64, 16, 128, 4, Config(4, 1)), Form(64, 64, 64, 2, Config(4, 1))
-MANY, WIDE = Form(64, 128, 64, 1, Config(4, 2)), Form(64, 256, 64, 1, Config(4, 2))
+MANY, WIDE = Form(64, 128, 64, 1, Config(8, 2)), Form(64, 256, 64, 1, Config(8, 2))
 FEW_IEEE, IEEE = Form(64, 16, 64, 2, Config(4, 1)), Form(64, 64, 32, 1, Config(4, 1))
 UNALIGNED = Form(32, 32, 32, 2, Config(4, 1))
-FINISH = Config(4, 1, registers=168)
+FINISH = {1: Config(4, 1, registers=168), 32: Config(8, 1, registers=168)}  # by rows of a block
 KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -264,8 +264,8 @@ def form_of(
         return FEW_IEEE if few and x == torch.float32 else IEEE
     if n <= 64:
         return FEW if few else SOME
-    wide = x == torch.bfloat16 and device.arch in (90, 100, "gfx942")  # else its sums spill
-    return WIDE if wide else MANY
+    registers = device.arch in (90, 100, "gfx942") and not transposed  # enough for its sums
+    return WIDE if registers and x == torch.bfloat16 else MANY
 
 
 def splits_of(form: Form, n: int, features: int, length: int, processors: int) -> tuple[int, int]:
@@ -350,7 +350,7 @@ def _add_parts(
         _finish, (cdiv(n, tile.rows), cdiv(features, tile.block_n), 1),
         (to.y, bias, parts, *tables), (n, kind, splits, *sizes),
         (features, *shape, *to.y.stride(), *strides),
-        (*tile, BLOCK_R, precision(x.dtype, weights)), FINISH,
+        (*tile, BLOCK_R, precision(x.dtype, weights)), FINISH[tile.rows],
     )  # fmt: skip
 
 
@@ -403,5 +403,5 @@ def variants(device: Device) -> Variants:
                 f"nf4_linear-{x_name}-{w_name}-{tile.rows}-finish", _finish,
                 (x_name, "u8", "fp32", "i32", "fp32", "fp32", w_name, "i64", "i32", "fp32", "i32"),
                 ("i32",) * 7, (4096, 4096, 1, 8, 4096, 1, 1, 1, 1, 1), (*tile, BLOCK_R, how),
-                FINISH, how != "ieee" or device.backend == "hip",
+                FINISH[tile.rows], how != "ieee" or device.backend == "hip",
             )  # fmt: skip
