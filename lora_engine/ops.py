@@ -1,8 +1,8 @@
 """One function per op. Arguments are checked by the backend, before any memory is touched.
 
-Arrays are NumPy arrays or CPU torch tensors, contiguous or strided, float32 or
-float16 (as tensors also bfloat16); a vector stands for one row. Sums are float32;
-a result has the dtype of x. Errors name op, argument, expected and got: ValueError
+Arrays are NumPy arrays or torch tensors, on the CPU or all on one GPU, contiguous or
+strided, float32 or float16 (as tensors also bfloat16); a vector stands for one row. Sums
+are float32; a result has the dtype of x. Errors name op, argument, expected and got: ValueError
 (shape, range, overlap, device), TypeError (dtype), IndexError (slot).
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lora_engine import _C
-from lora_engine.backends import chosen
+from lora_engine.backends import backend_of
 
 if TYPE_CHECKING:
     from lora_engine.adapters.pool import AdapterPool
@@ -40,11 +40,6 @@ class BatchedAdaptResult(NamedTuple):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real)
-
-
-def _backend(array: Any) -> Any:
-    """What computes on an array, by where it is."""
-    return chosen(getattr(array, "is_cuda", False))
 
 
 def make_step(
@@ -82,7 +77,7 @@ def lora_delta(
     dtype. Returns [n, out], or ``out`` (with accumulate: added to what it held).
     Fastest where B is the transpose of a contiguous array.
     """
-    return _backend(x).lora_delta(x, A, B, scaling, out, accumulate)
+    return backend_of(x).lora_delta(x, A, B, scaling, out, accumulate)
 
 
 def batched_lora_delta(
@@ -209,7 +204,9 @@ def nf4_linear(
             return torch_ops.nf4_linear(x, bias, w, pool, ids, weights, out, compute)
         x, bias = torch_ops.detached(x), torch_ops.detached(bias)
     storage = None if pool is None else pool._storage
-    return chosen().nf4_linear(x, w._storage, bias, storage, ids, weights, out, compute)
+    backend = backend_of(x)
+    packed = w.storage(backend)
+    return backend.nf4_linear(x, packed, bias, storage, ids, weights, out, compute)
 
 
 def _rows_of(out: Any, shape: tuple[int, ...]) -> Any:
@@ -266,7 +263,7 @@ def ewc_step(
     16 bits is rounded stochastically, keyed (seed, version); in float16 it stays
     within 65504.
     """
-    _backend(theta).ewc_step(theta, grad, fisher, anchor, lr, ewc_lambda, seed, version)
+    backend_of(theta).ewc_step(theta, grad, fisher, anchor, lr, ewc_lambda, seed, version)
 
 
 def fisher_accumulate(F: Any, g: Any, gamma: float, scale: float) -> None:
@@ -277,7 +274,7 @@ def fisher_accumulate(F: Any, g: Any, gamma: float, scale: float) -> None:
     to nearest in F's dtype. Raises ValueError (shape, overlap, gamma or scale not finite),
     TypeError (dtype).
     """
-    _backend(F).fisher_accumulate(F, g, gamma, scale)
+    backend_of(F).fisher_accumulate(F, g, gamma, scale)
 
 
 def lora_fisher(
@@ -308,7 +305,7 @@ def lora_fisher(
 
     Raises ValueError (shape, segments, overlap, scaling not finite), TypeError (dtype).
     """
-    pair: tuple[Any, Any] = _backend(x).lora_fisher(x, grad, A, B, scaling, segments, out)
+    pair: tuple[Any, Any] = backend_of(x).lora_fisher(x, grad, A, B, scaling, segments, out)
     return pair
 
 
@@ -321,7 +318,7 @@ def lora_fisher_factors(
     and Grosse 2015, eq. 1). x [n, in], grad [n, out] of x's dtype; precision, ``out`` and
     errors as in ``lora_fisher``.
     """
-    pair: tuple[Any, Any] = _backend(x).lora_fisher_factors(x, grad, out)
+    pair: tuple[Any, Any] = backend_of(x).lora_fisher_factors(x, grad, out)
     return pair
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_engine.backends import chosen
+from lora_engine.backends import backend_of
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -76,8 +76,9 @@ class _Nf4Linear(torch.autograd.Function):
         storage = None if pool is None else pool._storage
         ctx.versions = {} if pool is None else _versions(pool, ctx.ids)
         bias = None if bias is None else bias.detach()
-        result: torch.Tensor = chosen().nf4_linear(
-            x, w._storage, bias, storage, ids, weights, None, compute
+        backend = backend_of(x)
+        result: torch.Tensor = backend.nf4_linear(
+            x, w.storage(backend), bias, storage, ids, weights, None, compute
         )
         return result
 
@@ -93,13 +94,18 @@ class _Nf4Linear(torch.autograd.Function):
             )
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = chosen().nf4_linear_backward(grad, ctx.w._storage, None)
+            backend = backend_of(grad)
+            dx = backend.nf4_linear_backward(grad, ctx.w.storage(backend), None)
             if pool is not None:
-                pool._storage.forward(grad, ctx.ids, ctx.weights, dx, True, True)
+                ids, weights = _beside(ctx.ids, grad), _beside(ctx.weights, grad)
+                pool._storage.forward(grad, ids, weights, dx, True, True)
         if ctx.needs_input_grad[1]:
             dbias = grad.sum(0).reshape(ctx.bias_shape)
         for slot, version in ctx.versions.items():
-            rows, scale = _rows_of(slot, ctx.ids, ctx.weights)
+            rows, scale = (
+                None if part is None else part.to(grad.device)
+                for part in _rows_of(slot, ctx.ids, ctx.weights)
+            )
             up = grad[rows] if scale is None else (grad[rows] * scale[:, None]).to(grad.dtype)
             pool.accumulate_gradient(slot, x[rows], up, version)
         return dx, dbias, None, None, None, None, None
@@ -107,7 +113,16 @@ class _Nf4Linear(torch.autograd.Function):
 
 def _copy(array: Any) -> np.ndarray | None:
     """As a NumPy array of its own, so that a caller may reuse the one it gave."""
-    return None if array is None else np.array(array.numpy() if hasattr(array, "numpy") else array)
+    if isinstance(array, torch.Tensor):
+        array = array.cpu().numpy()
+    return None if array is None else np.array(array)
+
+
+def _beside(array: np.ndarray | None, x: torch.Tensor) -> Any:
+    """The array, as a tensor on x's device where that is no CPU."""
+    if array is None or x.device.type == "cpu":
+        return array
+    return torch.from_numpy(array).to(x.device)
 
 
 def _tensor(array: Any) -> Any:

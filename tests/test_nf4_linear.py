@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 import lora_engine as le
 from lora_engine import reference
+from lora_engine.backends import chosen
 
 ROWS = (0, 1, 2, 3, 7, 8, 40, 64, 100)
 OUT, IN = (1, 2, 32, 33, 288), (16, 32, 64, 93, 96, 128, 1234, 4304)
@@ -170,7 +171,7 @@ def test_the_same_bits_on_any_number_of_threads(n, features, threads):
     for count in (1, 2, 3):
         threads(count)
         y = le.nf4_linear(x, w, pool=filled.pool, ids=ids)
-        back = le.ops.chosen().nf4_linear_backward(grad, w._storage, None)
+        back = chosen().nf4_linear_backward(grad, w.storage(chosen()), None)
         results.append((bits(y), bits(back)))
     assert len(set(results)) == 1
 

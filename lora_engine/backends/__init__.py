@@ -99,6 +99,11 @@ def chosen(gpu: bool = False) -> Any:
     return find(os.environ.get("LORA_ENGINE_BACKEND") or ("triton" if gpu else "cpu"))
 
 
+def backend_of(array: Any) -> Any:
+    """What computes on an array, by where it is."""
+    return chosen(getattr(array, "is_cuda", False))
+
+
 def backends() -> dict[str, str]:
     """What is there and, for what is not, why not: ``{name: text}``.
 

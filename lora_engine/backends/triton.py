@@ -21,6 +21,13 @@ from lora_engine.backends.triton_fisher import (  # noqa: F401
     lora_fisher,
     lora_fisher_factors,
 )
+from lora_engine.backends.triton_nf4 import (  # noqa: F401
+    Nf4,
+    nf4_decode,
+    nf4_encode,
+    nf4_linear,
+    nf4_linear_backward,
+)
 from lora_engine.backends.triton_pool import (  # noqa: F401  the registry looks here for them
     Pool,
     pool_device,

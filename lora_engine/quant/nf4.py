@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_engine.backends import chosen
+from lora_engine.backends import backend_of, chosen
 from lora_engine.quant import checkpoint
 from lora_engine.quant.checkpoint import Parts, State
 from lora_engine.safetensors_file import (
@@ -38,12 +38,24 @@ class NF4Tensor:
     or ``load``; immutable. Any sizes from 1 x 1 on; an empty matrix is refused.
     """
 
-    __slots__ = ("_parts", "_state", "_storage", "_torch")
+    __slots__ = ("_parts", "_state", "_storages", "_torch")
 
     def __init__(self, parts: Parts, state: State, torch: bool) -> None:
         self._parts, self._state, self._torch = parts, state, torch
+        self._storages: dict[Any, Any] = {}
+        self.storage(chosen())  # refuses what does not fit
+
+    def storage(self, backend: Any) -> Any:
+        """The matrix as that backend computes with it."""
+        held = self._storages.get(backend)
+        if held is None:
+            held = self._storages[backend] = self._made_for(backend)
+        return held
+
+    def _made_for(self, backend: Any) -> Any:
+        parts, state = self._parts, self._state
         values = {s: checkpoint.numbers(parts[s]) for s in parts if s != checkpoint.WEIGHT}
-        self._storage = chosen().Nf4(
+        return backend.Nf4(
             parts[checkpoint.WEIGHT].data,
             state.rows,
             state.cols,
@@ -79,7 +91,7 @@ class NF4Tensor:
                 "nf4_quantize: W: expected a matrix of at least one row and one column,"
                 f" got shape {shape}"
             )
-        packed, absmax = chosen().nf4_encode(W.detach() if tensor else W, blocksize)
+        packed, absmax = backend_of(W).nf4_encode(W.detach() if tensor else W, blocksize)
         dtype = str(W.dtype).removeprefix("torch.")
         state = State(shape[0], shape[1], blocksize, dtype, nested_offset=None)
         return cls(*checkpoint.make_parts(packed, absmax, state, double_quant), tensor)
@@ -97,7 +109,8 @@ class NF4Tensor:
                 out = torch.empty(self.shape, dtype=dtype)
             else:
                 out = np.empty(self.shape, dtype)
-        chosen().nf4_decode(self._storage, out)
+        backend = backend_of(out)
+        backend.nf4_decode(self.storage(backend), out)
         return out
 
     # ---- bitsandbytes' keys ----
