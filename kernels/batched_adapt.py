@@ -242,7 +242,8 @@ def gradient_of(
     """The sum of the gradient over rows to ``to`` [elements] float32; its norm, float64."""
     runs = one_run(adapters, slot, x.shape[0], x)
     square_sums(adapters, project_rows(adapters, x, grad, runs, None, False), True, to)
-    return torch.linalg.vector_norm(to, dtype=torch.float64)
+    norm: torch.Tensor = torch.linalg.vector_norm(to, dtype=torch.float64)
+    return norm
 
 
 def variants(device: Device) -> Variants:
