@@ -140,11 +140,19 @@ def resources(kernel: Any) -> Resources:
     reserved = 1024 if kernel.metadata.target.arch >= 90 else 0  # by the system, past the limit
     return Resources(
         int(usage["REG"]),
-        int(usage["STACK"]) + int(usage["LOCAL"]),
+        _spills(kernel, int(usage["STACK"]) + int(usage["LOCAL"])),
         0,
         shared + int(usage["SHARED"]) - reserved,
         bool(_MATRIX.search(kernel.asm["ptx"])),
     )
+
+
+def _spills(kernel: Any, reserved: int) -> int:
+    """Of the bytes reserved for a thread, those that are used: Triton 3.7 reserves some that
+    no instruction touches."""
+    if not reserved:
+        return 0
+    return reserved if re.search(r"\b(STL|LDL)\b", machine_code(kernel)) else 0
 
 
 def machine_code(kernel: Any) -> str:

@@ -286,7 +286,8 @@ def _solve(
     tl.store(p_own + i, b_new, m)
 
 
-CONFIG, REDUCE = Config(4, 1, fp_fusion=False), Config(2, 1, fp_fusion=False)
+CONFIG = Config(4, 1, fp_fusion=False, registers=255)
+REDUCE = Config(2, 1, fp_fusion=False)
 BLOCKS = (4, 32, 256)  # ranks of a block
 WIDEST = BLOCKS[-1]
 TILE = 1024  # elements

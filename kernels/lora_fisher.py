@@ -205,7 +205,7 @@ def _sample_sums(
 BLOCK_M, BLOCK_K = 32, {True: 128, False: 32}  # of the projections
 BLOCK_S = 16  # samples, or rows of one, at a time
 PIECE_BYTES = 32 << 20  # of x and grad, which the L2 holds
-PROJECT, ROWS, SAMPLES = Config(4, 3), Config(4, 2), Config(8, 2)
+PROJECT, ROWS, SAMPLES = Config(4, 3), Config(4, 2), Config(8, 2, registers=96)
 
 
 def spans(features: int, programs: int) -> tuple[int, int]:
