@@ -30,7 +30,7 @@ import triton.language as tl
 from .launch import FLOATS, Device, Variant, Variants, cdiv, launch, scratch
 from .lora_delta import BLOCK_R, COLUMNS, SHRINK, block_k, expand_config, spans
 from .storage import Adapters
-from .tiles import expand, precision, project
+from .tiles import expand, precision, project, rounded
 
 NOT_PENDING = tl.constexpr(2**31 - 1)
 
@@ -179,7 +179,7 @@ def _expand(
     m_add = (touched & (accumulate != 0))[:, None] & m_n[None, :]
     acc += tl.load(to, m_add, 0.0).to(tl.float32)
     m_y = (touched | (m_m & (accumulate == 0)))[:, None] & m_n[None, :]
-    tl.store(to, acc.to(p_y.dtype.element_ty), m_y)
+    tl.store(to, rounded(acc, p_y.dtype.element_ty), m_y)
 
 
 class Batch(NamedTuple):

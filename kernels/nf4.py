@@ -26,7 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FLOATS, IN_INTERPRETER, Config, Device, Variant, Variants, cdiv, launch
+from .launch import FLOATS, Config, Device, Variant, Variants, cdiv, launch
+from .tiles import rounded
 
 CODES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -34,18 +35,6 @@ CODES = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-
-
-@triton.jit
-def rounded(b, dtype: tl.constexpr):
-    """float32 to the nearest number of dtype, ties to even."""
-    if IN_INTERPRETER and dtype == tl.bfloat16:  # whose cast cuts the bits off
-        bits = b.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        finite = (b - b) == 0.0
-        return tl.where(finite, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), b.to(dtype))
-    else:
-        return b.to(dtype)
 
 
 @triton.jit

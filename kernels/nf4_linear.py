@@ -43,9 +43,8 @@ from .nf4 import (
     group_absmax,
     load_table,
     load_words,
-    rounded,
 )
-from .tiles import dot, precision
+from .tiles import dot, precision, rounded
 
 
 @triton.jit

@@ -33,6 +33,18 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def rounded(b, dtype: tl.constexpr):
+    """float32 to the nearest number of dtype, ties to even."""
+    if IN_INTERPRETER and dtype == tl.bfloat16:  # whose cast cuts the bits off
+        bits = b.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        finite = (b - b) == 0.0
+        return tl.where(finite, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), b.to(dtype))
+    else:
+        return b.to(dtype)
+
+
+@triton.jit
 def project(
     x_rows, m_rows, stride_xk, p_a, stride_ar, stride_ak, i_rank, m_rank, k_first, k_last,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,

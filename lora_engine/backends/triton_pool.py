@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lora_engine.backends import triton_adapt as adapting
+from lora_engine.backends.reference import Step
 from lora_engine.backends.triton_arrays import (
     DTYPES,
     check_finite,
@@ -382,10 +383,10 @@ class Pool:
         n = x.shape[0] if getattr(x, "ndim", 1) == 2 else 1
         return self.forward(x, self._all_of(slot, n), None, out, accumulate, transposed)
 
-    def adapt(self, x: Any, grad: Any, ids: Any, weights: Any, step: adapting.Step) -> Any:
+    def adapt(self, x: Any, grad: Any, ids: Any, weights: Any, step: Step) -> Any:
         return adapting.adapt(self, x, grad, ids, weights, step)
 
-    def adapt_slot(self, x: Any, grad: Any, slot: int, step: adapting.Step) -> tuple[int, float]:
+    def adapt_slot(self, x: Any, grad: Any, slot: int, step: Step) -> tuple[int, float]:
         return adapting.adapt_slot(self, x, grad, slot, step)
 
     def gradient_size(self, slot: int) -> int:
@@ -394,9 +395,7 @@ class Pool:
     def gradient(self, x: Any, grad: Any, slot: int, h: Any, gradient: Any) -> tuple[int, float]:
         return adapting.gradient(self, x, grad, slot, h, gradient)
 
-    def apply(
-        self, gradient: Any, slot: int, scale: float, step: adapting.Step
-    ) -> tuple[int, float]:
+    def apply(self, gradient: Any, slot: int, scale: float, step: Step) -> tuple[int, float]:
         return adapting.apply(self, gradient, slot, scale, step)
 
     def shrink(self, x: Any, slot: int) -> Any:
