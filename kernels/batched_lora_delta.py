@@ -93,10 +93,10 @@ def add_deltas(
     return acc, touched
 
 
-@triton.jit(do_not_specialize=["n", "k", "slots", "rank_stride"])
+@triton.jit(do_not_specialize=["n", "k", "slots", "rank_stride", "slices", "transposed"])
 def _shrink(
     p_x, p_ids, p_h, p_arena, p_offsets, p_ranks, p_firsts, p_flag,
-    n, k, slots, rank_stride, in_features, slices, transposed, splits, span,
+    n, k, slots, rank_stride, slices, transposed, in_features, splits, span,
     stride_xn, stride_xk, stride_in, stride_ik,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -143,10 +143,14 @@ def _shrink(
         current = tl.min(pending, 0)
 
 
-@triton.jit(do_not_specialize=["n", "k", "weighted", "slots", "rank_stride", "accumulate"])
+@triton.jit(
+    do_not_specialize=[
+        "n", "k", "weighted", "slots", "rank_stride", "accumulate", "slices", "transposed",
+    ]
+)  # fmt: skip
 def _expand(
     p_y, p_ids, p_weights, p_h, p_arena, p_offsets, p_ranks, p_scalings, p_firsts,
-    n, k, weighted, slots, rank_stride, accumulate, in_features, slices, transposed, splits,
+    n, k, weighted, slots, rank_stride, accumulate, slices, transposed, in_features, splits,
     stride_yn, stride_yo, stride_in, stride_ik, stride_wn, stride_wk,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -225,8 +229,8 @@ def shrink(x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
     grid = cdiv(n, tile.rows), splits, k * slices * (rank_stride // BLOCK_R)
     launch(
         _shrink, grid, (x, batch.ids, h, a.arena, a.offsets, a.ranks, a.firsts, a.flag),
-        (n, k, a.ranks.shape[0], rank_stride),
-        (a.in_features, slices, int(batch.transposed), splits, span, *x.stride(),
+        (n, k, a.ranks.shape[0], rank_stride, slices, int(batch.transposed)),
+        (a.in_features, splits, span, *x.stride(),
          *batch.ids.stride()),
         (tile.rows, tile.block_m, BLOCK_R, block_k(how), how), SHRINK,
     )  # fmt: skip
@@ -244,15 +248,15 @@ def batched_lora_delta(x: torch.Tensor, batch: Batch, out: torch.Tensor, accumul
         _expand, (cdiv(n, tile.rows), sum(cdiv(o, tile.block_n) for o in outs), 1),
         (out, batch.ids, weights, h, a.arena, a.offsets, a.ranks, a.scalings, a.firsts),
         (n, k, int(batch.weights is not None), a.ranks.shape[0], batch.rank_stride,
-         int(accumulate)),
-        (a.in_features, len(a.outs), int(batch.transposed), splits, *out.stride(),
+         int(accumulate), len(a.outs), int(batch.transposed)),
+        (a.in_features, splits, *out.stride(),
          *batch.strides),
         (*tile, BLOCK_R, precision(x.dtype, a.arena.dtype)), expand_config(tile.block_m),
     )  # fmt: skip
 
 
 def variants(device: Device) -> Variants:
-    """All that ``batched_lora_delta`` can launch, at 4096 features, with one slice."""
+    """All that ``batched_lora_delta`` can launch, at 4096 features."""
     splits, span = spans(4096)
     for x, w in product(FLOATS, FLOATS):
         how, names = precision(x, w), (FLOATS[x], FLOATS[w])
@@ -262,13 +266,13 @@ def variants(device: Device) -> Variants:
             name = f"batched_lora_delta-{names[0]}-{names[1]}-{tile.rows}"
             yield Variant(
                 f"{name}-shrink", _shrink,
-                (names[0], "i32", "fp32", names[1], "i64", "i32", "i32", "i32"), ("i32",) * 4,
-                (4096, 1, 0, splits, span, 4096, 1, 1, 1),
+                (names[0], "i32", "fp32", names[1], "i64", "i32", "i32", "i32"), ("i32",) * 6,
+                (4096, splits, span, 4096, 1, 1, 1),
                 (tile.rows, tile.block_m, BLOCK_R, block_k(how), how), SHRINK, matrix,
             )  # fmt: skip
             yield Variant(
                 f"{name}-expand", _expand,
                 (names[0], "i32", "fp32", "fp32", names[1], "i64", "i32", "fp32", "i32"),
-                ("i32",) * 6, (4096, 1, 0, splits, 4096, 1, 1, 1, 1, 1),
+                ("i32",) * 8, (4096, splits, 4096, 1, 1, 1, 1, 1),
                 (*tile, BLOCK_R, how), expand_config(tile.block_m), matrix,
             )  # fmt: skip

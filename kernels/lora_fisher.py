@@ -56,8 +56,10 @@ def _project_side(
     for k in range(split * span, last, BLOCK_K):
         i_k = k + tl.arange(0, BLOCK_K)
         m_k = i_k < last
-        b_v = tl.load(rows + i_k[None, :] * stride_vk, m_m[:, None] & m_k[None, :], 0.0)
-        of = i_r[None, :] * stride_fr + i_k[:, None] * stride_fk
+        b_v = tl.load(
+            rows + i_k.to(tl.int64)[None, :] * stride_vk, m_m[:, None] & m_k[None, :], 0.0
+        )
+        of = i_r.to(tl.int64)[None, :] * stride_fr + i_k.to(tl.int64)[:, None] * stride_fk
         b_f = tl.load(p_factor + of, m_k[:, None] & m_r[None, :], 0.0)  # [BLOCK_K, BLOCK_R]
         if EXACT and not IN_INTERPRETER:  # whose bfloat16 product is wrong
             b_h = tl.dot(b_v, b_f, b_h)
@@ -114,7 +116,7 @@ def _row_sums_side(
             of = (k * rank + i_r).to(tl.int64) * n
             b_h += tl.load(p_h + of[:, None] + i_s[None, :], m_r[:, None] & m_s[None, :], 0.0)
         b_h *= scaling
-        of = i_s.to(tl.int64)[:, None] * stride_vn + i_c[None, :] * stride_vk
+        of = i_s.to(tl.int64)[:, None] * stride_vn + i_c.to(tl.int64)[None, :] * stride_vk
         b_v = tl.load(p_v + of, m_s[:, None] & m_c[None, :], 0.0).to(tl.float32)
         acc += tl.dot(b_h * b_h, b_v * b_v, input_precision="ieee").to(tl.float64)
     tl.store(to, acc, m)
@@ -170,7 +172,7 @@ def _sample_sums_side(
                 of = (k * rank + i_r).to(tl.int64) * n
                 b_h += tl.load(p_h + of[:, None] + i_s[None, :], m_r[:, None] & m_s[None, :], 0.0)
             b_h *= scaling
-            of = i_s.to(tl.int64)[:, None] * stride_vn + i_c[None, :] * stride_vk
+            of = i_s.to(tl.int64)[:, None] * stride_vn + i_c.to(tl.int64)[None, :] * stride_vk
             b_v = tl.load(p_v + of, m_s[:, None] & m_c[None, :], 0.0).to(tl.float32)
             b_sample = tl.dot(b_h, b_v, b_sample, input_precision="ieee")
         acc += (b_sample * b_sample).to(tl.float64)

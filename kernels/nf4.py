@@ -139,9 +139,9 @@ def _dequantise(
     rows, cols, row_words, stride_on, stride_ok,
     ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, cols]; grid (cols / BLOCK_K, rows / BLOCK_N, 1)."""
-    k0 = tl.program_id(0) * BLOCK_K
-    i_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """out [rows, cols]; grid (rows / BLOCK_N, cols / BLOCK_K, 1)."""
+    k0 = tl.program_id(1) * BLOCK_K
+    i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_k = k0 + tl.arange(0, BLOCK_K)
     m_n = i_n < rows
     b_table = load_table(p_table)
@@ -242,7 +242,7 @@ EXACT = Config(4, 1, fp_fusion=False)
 def dequantise(w: Packed, out: torch.Tensor) -> None:
     """out [rows, cols] in any strides: code * absmax in float32, rounded once to its dtype."""
     launch(
-        _dequantise, (cdiv(w.cols, BLOCK_K), cdiv(w.rows, BLOCK_N), 1), (*w.pointers, out), w.sizes,
+        _dequantise, (cdiv(w.rows, BLOCK_N), cdiv(w.cols, BLOCK_K), 1), (*w.pointers, out), w.sizes,
         (w.rows, w.cols, w.cols // 8, *out.stride()), (w.aligned, BLOCK_N, BLOCK_K), EXACT,
     )  # fmt: skip
 
