@@ -156,6 +156,11 @@ def _kind(size: Any) -> Any:
     return 32 if -(2**31) <= size < 2**31 else 64 if size < 2**63 else "unsigned"
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class _Scratch(threading.local):
     """Of each thread its own: between the launches of one op come those of others."""
 
@@ -173,7 +178,7 @@ def scratch(name: str, like: torch.Tensor, count: int, dtype: torch.dtype) -> to
     """
     stream = None
     if like.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
+        if capturing(like.device):
             return torch.empty(count, dtype=dtype, device=like.device)
         stream = triton.runtime.driver.active.get_current_stream(like.device.index)
     key = (name, like.device, stream, dtype)

@@ -201,7 +201,9 @@ class Ewc:
         self.pool, self.form = pool, form
         self.ewc_lambda = float(_from_zero("EWC", "ewc_lambda", ewc_lambda))
         self._records: dict[int, _Record] = {}
-        self._table = torch.zeros((0, 2), dtype=torch.int64, device=pool.device)
+        # A place for each slot from the start: a captured graph sees records that come later.
+        slots = pool.adapters.ranks.shape[0]
+        self._table = torch.zeros((slots, 2), dtype=torch.int64, device=pool.device)
 
     def records(self) -> Records:
         """What kernels read; no more than the pool's slots."""

@@ -20,8 +20,9 @@ from lora_engine.backends.triton_arrays import (
     output,
     refuse,
 )
+from lora_engine.backends.triton_storage import ALIGNED, Storage
 from lora_engine.kernels.batched_lora_delta import Batch, batched_lora_delta, shrink
-from lora_engine.kernels.launch import INTERPRETED, cdiv
+from lora_engine.kernels.launch import INTERPRETED, capturing, cdiv
 from lora_engine.kernels.storage import Adapters
 
 
@@ -37,9 +38,6 @@ def pool_device(device: str | None) -> torch.device:
         raise refuse(
             ValueError, "AdapterPool", "device", "one that is there", f"{device}: {why}"
         ) from None
-
-
-_ALIGNED = 16  # elements: where a slot's weights begin, for wide loads
 
 
 class Weights(NamedTuple):
@@ -75,9 +73,11 @@ def _host(array: Any, op: str, name: str) -> torch.Tensor:
 class Pool:
     """As ``_C.Pool``: slots in one arena, with tables that kernels read.
 
-    With a capacity and a max_rank everything is allocated at once and stays where it is;
-    else arena and tables double when they are full. Slot ids are checked on the device: a
-    bad one counts as -1, and the next call of the host raises IndexError.
+    With a capacity and a max_rank everything is allocated at once and stays where it is, and
+    no grid, size or address of a launch depends on which adapters there are: a captured graph
+    replays any. Else arena and tables double when they are full; once a graph was captured
+    that raises RuntimeError. Slot ids are checked on the device: a bad one counts as -1, and
+    the next call of the host raises IndexError.
     """
 
     def __init__(
@@ -109,70 +109,19 @@ class Pool:
         self.lock = threading.RLock()  # what one call enqueues, no other call comes between
         self._slots: dict[int, _Slot] = {}
         self._freed: list[int] = []
-        self._issued = self._epochs = self._end = 0
-        self._blocks: dict[int, list[int]] = {}  # free ones, by size
-        fixed = self._block_size((max_rank,) * len(self.outs)) if capacity and max_rank else 0
-        self._fixed = fixed
-        self.adapters = self._tables(capacity or 16, capacity * fixed * (1 + history))
+        self._issued = self._epochs = 0
+        self._storage = Storage(in_features, self.outs, dtype, capacity, max_rank, history, device)
 
-    def _new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> torch.Tensor:
-        return torch.full(shape, fill, dtype=dtype, device=self.device)
+    @property
+    def adapters(self) -> Adapters:
+        """What kernels read."""
+        return self._storage.adapters
 
-    def _tables(self, slots: int, elements: int) -> Adapters:
-        shape = (slots, len(self.outs))
-        firsts = np.cumsum([0, *self.outs])
-        flag = torch.zeros(2, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        return Adapters(
-            arena=self._new((elements,), DTYPES[self.dtype]),
-            offsets=self._new(shape, torch.int64),
-            ranks=self._new(shape, torch.int32, -1),
-            scalings=self._new((slots,), torch.float32),
-            versions=self._new((slots,), torch.int64),
-            epochs=self._new((slots,), torch.int64),
-            previous=self._new(shape if self.history else (0, len(self.outs)), torch.int64, -1),
-            kept=self._new((slots,), torch.int32),
-            firsts=torch.tensor(firsts, dtype=torch.int32, device=self.device),
-            flag=flag,
-            in_features=self.in_features,
-            outs=self.outs,
-            max_rank=self.max_rank if self._fixed else 0,
-        )
-
-    # ---- blocks of the arena ----
-
-    def _elements(self, ranks: Sequence[int]) -> int:
-        return sum(r * (self.in_features + o) for r, o in zip(ranks, self.outs, strict=True))
-
-    def _block_size(self, ranks: Sequence[int]) -> int:
-        each = zip(ranks, self.outs, strict=True)
-        return sum(cdiv(r * (self.in_features + o), _ALIGNED) * _ALIGNED for r, o in each)
-
-    def _take(self, size: int) -> int:
-        free = self._blocks.get(size)
-        if free:
-            return free.pop()
-        begin, self._end = self._end, self._end + size
-        arena = self.adapters.arena
-        if self._end > arena.numel():
-            larger = self._new((max(2 * arena.numel(), self._end),), arena.dtype)
-            larger[: arena.numel()] = arena
-            self.adapters = self.adapters._replace(arena=larger)
-        return begin
-
-    def _give(self, block: int | None, size: int) -> None:
-        if block is not None and size:
-            self.adapters.arena[block : block + size] = 0
-            self._blocks.setdefault(size, []).append(block)
-
-    def _grow_tables(self) -> None:
-        held = self.adapters.ranks.shape[0]
-        if self._issued < held:
-            return
-        larger = self._tables(2 * held, 0)
-        for name in ("offsets", "ranks", "scalings", "versions", "epochs", "previous", "kept"):
-            old = getattr(self.adapters, name)
-            getattr(larger, name)[: old.shape[0]] = old
-            self.adapters = self.adapters._replace(**{name: getattr(larger, name)})
+    def _check_uncaptured(self, op: str) -> None:
+        """Refuses what the host keeps account of: a replay would do it again without it."""
+        if capturing(self.device):
+            want = "none that is being captured: it is not part of a graph"
+            raise refuse(RuntimeError, op, "stream", want, "a capture")
 
     # ---- adapters in and out ----
 
@@ -207,26 +156,24 @@ class Pool:
         return Weights(self._spaced(parts), tuple(ranks), float(scaling), 0)
 
     def _spaced(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Parts one after another, each from a multiple of _ALIGNED on."""
+        """Parts one after another, each from a multiple of ALIGNED on."""
         pad = torch.nn.functional.pad
-        return torch.cat([pad(p, (0, -p.numel() % _ALIGNED)) for p in parts])
+        return torch.cat([pad(p, (0, -p.numel() % ALIGNED)) for p in parts])
 
     def _place(self, slot: int, weights: Weights, replaced: Weights | None) -> None:
         """Writes an adapter to a slot whose earlier blocks were given back."""
-        size = self._fixed or weights.flat.numel()
-        block = self._take(size)
-        previous = self._take(size) if self.history else None
-        self.adapters.arena[block : block + weights.flat.numel()] = weights.flat
-        widest = max(self.adapters.max_rank, *weights.ranks)
-        self.adapters = self.adapters._replace(max_rank=widest)
+        storage = self._storage
+        size = storage.fixed or weights.flat.numel()
+        block = storage.take(size)
+        previous = storage.take(size) if self.history else None
+        storage.widen(weights.ranks)
+        a = self.adapters
+        a.arena[block : block + weights.flat.numel()] = weights.flat
         epoch = weights.epoch
         if not epoch:
             self._epochs += 1
             epoch = self._epochs
-        a, starts, at = self.adapters, [], 0
-        for rank, out in zip(weights.ranks, self.outs, strict=True):
-            starts.append(at)
-            at += cdiv(rank * (self.in_features + out), _ALIGNED) * _ALIGNED
+        starts = storage.starts(weights.ranks)[:-1]
         begin = torch.tensor(starts, dtype=torch.int64, device=self.device)
         a.offsets[slot] = begin + block
         if previous is not None:
@@ -240,8 +187,8 @@ class Pool:
 
     def _release(self, slot: int) -> None:
         held = self._slots.pop(slot)
-        self._give(held.block, held.size)
-        self._give(held.previous, held.size)
+        self._storage.give(held.block, held.size)
+        self._storage.give(held.previous, held.size)
 
     def slot(self, op: str, slot: int) -> _Slot:
         """What the host knows of a slot in use, or IndexError."""
@@ -260,30 +207,36 @@ class Pool:
         return {slot: held.epoch for slot, held in self._slots.items()}
 
     def _weights(self, slot: int, block: int, ranks: tuple[int, ...]) -> Weights:
-        flat = self.adapters.arena[block : block + self._block_size(ranks)].clone()
+        flat = self.adapters.arena[block : block + self._storage.block_size(ranks)].clone()
         scaling = float(self.adapters.scalings[slot])
         return Weights(flat, ranks, scaling, self._slots[slot].epoch)
 
     def add(self, A: list[Any], B: list[Any], scaling: float) -> int:
         op = "AdapterPool.add"
         with self.lock:
+            self._check_uncaptured(op)
             self.raise_bad_id()
             weights = self._read(op, A, B, scaling)
             if self.capacity and len(self._slots) >= self.capacity:
                 got = f"a pool at its capacity of {self.capacity}"
                 raise refuse(ValueError, op, "pool", "room for an adapter", got)
+            storage = self._storage
+            storage.check_room(op, self._issued + (not self._freed), weights.ranks, None)
             if self._freed:
                 slot = self._freed.pop(0)
             else:
-                self._grow_tables()
+                storage.grow_tables(self._issued)
                 slot, self._issued = self._issued, self._issued + 1
             self._place(slot, weights, None)
             return slot
 
     def set(self, slot: int, A: list[Any], B: list[Any], scaling: float) -> None:
+        op = "AdapterPool.set"
         with self.lock:
-            held = self.slot("AdapterPool.set", slot)
-            weights = self._read("AdapterPool.set", A, B, scaling)
+            self._check_uncaptured(op)
+            held = self.slot(op, slot)
+            weights = self._read(op, A, B, scaling)
+            self._storage.check_room(op, self._issued, weights.ranks, held.size)
             replaced = self._weights(slot, held.block, held.ranks) if self.history else None
             self._release(slot)
             self._place(slot, weights, replaced)
@@ -291,6 +244,7 @@ class Pool:
     def rollback(self, slot: int) -> None:
         op = "AdapterPool.rollback"
         with self.lock:
+            self._check_uncaptured(op)
             held = self.slot(op, slot)
             if not self.history:
                 raise refuse(ValueError, op, "pool", "history=1", "a pool made with history=0")
@@ -300,12 +254,15 @@ class Pool:
             if weights is None:
                 got = f"none kept for slot {slot}"
                 raise refuse(ValueError, op, "slot", "weights before the last change", got)
+            self._storage.check_room(op, self._issued, weights.ranks, held.size)
             self._release(slot)
             self._place(slot, weights, None)
 
     def remove(self, slot: int) -> None:
+        op = "AdapterPool.remove"
         with self.lock:
-            self.slot("AdapterPool.remove", slot)
+            self._check_uncaptured(op)
+            self.slot(op, slot)
             self.adapters.ranks[slot] = -1
             self._release(slot)
             self._freed.append(slot)
@@ -322,7 +279,7 @@ class Pool:
             missing = not rank and len(self.outs) > 1
             A.append(None if missing else values[at:middle].reshape(rank, self.in_features).copy())
             B.append(None if missing else values[middle:end].reshape(rank, out).T.copy())
-            at += cdiv(end - at, _ALIGNED) * _ALIGNED
+            at += cdiv(end - at, ALIGNED) * ALIGNED
         return A, B, weights.scaling
 
     def ranks(self, slot: int) -> list[int]:
@@ -355,6 +312,8 @@ class Pool:
             where = f"a tensor on {self.device}, where the pool is"
             raise refuse(ValueError, op, "x", where, x.device)
         given = ids_and_weights(op, ids, weights, x)
+        if capturing(self.device):
+            self._storage.captured = True
         return Batch(self.adapters, given.slots, given.weights, transposed)
 
     def forward(
