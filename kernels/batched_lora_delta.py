@@ -115,9 +115,8 @@ def _shrink(
     r_first = tl.program_id(2) % tiles * BLOCK_R
     i_r = r_first + tl.arange(0, BLOCK_R)
     slot, bad = slots_of(p_ids, p_ranks, i_m, m_m, j, stride_in, stride_ik, slots, slices)
-    flag = p_flag + tl.zeros((BLOCK_M,), tl.int32)
-    tl.store(flag + 1, tl.load(p_ids + i_m.to(tl.int64) * stride_in + j * stride_ik, bad, 0), bad)
-    tl.store(flag, 1, bad)
+    found = tl.load(p_ids + i_m.to(tl.int64) * stride_in + j * stride_ik, bad, 0).to(tl.int64)
+    tl.store(p_flag + tl.zeros((BLOCK_M,), tl.int32), 2 * found + 1, bad)
     first = tl.load(p_firsts + s) * transposed
     length = in_features
     if transposed:
@@ -266,7 +265,7 @@ def variants(device: Device) -> Variants:
             name = f"batched_lora_delta-{names[0]}-{names[1]}-{tile.rows}"
             yield Variant(
                 f"{name}-shrink", _shrink,
-                (names[0], "i32", "fp32", names[1], "i64", "i32", "i32", "i32"), ("i32",) * 6,
+                (names[0], "i32", "fp32", names[1], "i64", "i32", "i32", "i64"), ("i32",) * 6,
                 (4096, splits, span, 4096, 1, 1, 1),
                 (tile.rows, tile.block_m, BLOCK_R, block_k(how), how), SHRINK, matrix,
             )  # fmt: skip
