@@ -218,7 +218,7 @@ def spans(features: int, programs: int) -> tuple[int, int]:
 def piece_rows(x: torch.Tensor, grad: torch.Tensor, rank: int) -> int:
     """Rows that the L2 holds from one launch to the next, with their h and g."""
     a_row = max((x.shape[1] + grad.shape[1]) * x.element_size(), 8 * rank)
-    return max(PIECE_BYTES // a_row // BLOCK_M, 1) * BLOCK_M
+    return max(PIECE_BYTES // max(a_row, 1) // BLOCK_M, 1) * BLOCK_M
 
 
 def exact(x: torch.dtype, weights: torch.dtype) -> bool:
