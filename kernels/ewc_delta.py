@@ -18,13 +18,19 @@ not see.
 
 Three launches a block: ``_gram``, ``_tridiagonal``, ``_solve``. G, C and Q live in the record.
 
-Roofline on an H200, bfloat16 weights, in = out = 4096, records in float32. A user with rank r
-reads its anchors 4 r (in + out) twice, weights 2 r (in + out) twice and writes them once; 8 r²
-float64 operations a column in ``_solve`` (67 TFLOP/s), 4 r² in ``_gram``. 256 users, r = 2: 60 MB,
-14 us at 4.3 TB/s, expected 60 us, launches and the latency of few columns a block. 256 users, r =
-16: 470 MB, 110 us; 2 M columns of 3,072 operations, 6.4 GFLOP, 0.1 ms; expected 0.6 ms, bound by
-the exchanges between threads inside ``_solve``. One user, r = 16: bound by latency; expected 100
-us, most of it the 14 reflections. Ranks above 64 are right and not fast.
+A block of ``_solve`` holds 4, 32 or 256 ranks, the least that covers the largest in the pool:
+another adapter's rank can so change the order of a float64 sum, before the rounding to storage.
+
+Roofline on an H200, bfloat16 weights, in = out = 4096, records in float32, a row of bfloat16 a
+user. A user with rank r reads its anchors 4 r (in + out) and u and v 4 (in + out) twice, weights
+2 r (in + out) twice and writes them once; x and grad are copied to float32, 10 (in + out). For
+each of its in + out columns, 8 r R float64 operations in ``_solve`` with R the ranks of its
+block, 4 r R' in ``_gram`` with r rounded up to 4 or by 16, at 34 TFLOP/s: no matrix units.
+256 users, r = 2: 59 MB, 17 of u and v, 21 of x and grad, 23 us at 4.3 TB/s; 0.2 GFLOP, 6 us;
+expected 70 us, launches and the latency of few columns a block. 256 users, r = 16: 470 MB, 17 and
+21, 118 us; 2.1 M columns of 5,120 operations, 10.7 GFLOP, 0.32 ms; expected 0.8 ms, bound by the
+exchanges between threads inside ``_solve``. One user, r = 16: bound by latency; expected 100 us,
+most of it the 14 reflections. Ranks above 64 are right and not fast.
 """
 
 from __future__ import annotations

@@ -12,13 +12,15 @@ Squares and sums of 16 samples are float32, all beyond that is float64. The prod
 squares are float32 in full, so matrix units do not take them on NVIDIA.
 
 Roofline on an H200, in = out = 4096: bytes = x and grad once, n (in + out) of their size,
-and partial sums of up to 8 splits, 8 r (in + out) each, written and read once a piece;
+and partial sums of up to 8 splits, 8 r (in + out) each, written and read once a piece of
+32 MB of x and grad;
 operations 4 n R (in + out) with R = r rounded up to 16, at 60 TFLOP/s of float32 (half of
 them on matrix units where x and A share a 16-bit dtype).
 256 samples, r = 2, float32: 8.4 MB and 1.0 MB of sums, 2.2 us; 134 MFLOP, 2.2 us; bound by
 three launches and their latency: expected 15 us. 4096 samples, r = 16, bfloat16: 67 MB and
-34 MB of sums, 23 us; 2.1 GFLOP, half of them float32, 18 us: expected 60 us. A million: 17 GB,
-3.9 ms; 524 GFLOP, half of them float32, 4.4 ms: bound by arithmetic, expected 12 ms.
+34 MB of sums, 23 us; 2.1 GFLOP, half of them float32, 18 us: expected 60 us. 2^20 samples: 17.2
+GB and, in 512 pieces, 8.6 GB of sums, 6.0 ms if none of them stay in the L2; 550 GFLOP, half of
+them float32, 4.6 ms: one launch is bound by bytes, the next by arithmetic, expected 12 ms.
 """
 
 from __future__ import annotations
@@ -220,7 +222,7 @@ def spans(features: int, programs: int) -> tuple[int, int]:
 def piece_rows(x: torch.Tensor, grad: torch.Tensor, rank: int) -> int:
     """Rows that the L2 holds from one launch to the next, with their h and g."""
     a_row = max((x.shape[1] + grad.shape[1]) * x.element_size(), 8 * rank)
-    return max(PIECE_BYTES // a_row // BLOCK_M, 1) * BLOCK_M
+    return max(PIECE_BYTES // max(a_row, 1) // BLOCK_M, 1) * BLOCK_M
 
 
 def exact(x: torch.dtype, weights: torch.dtype) -> bool:
