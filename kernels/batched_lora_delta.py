@@ -12,10 +12,10 @@ read for ranks that are not there.
 Roofline on an H200, bfloat16, in = out = 4096, one slice, r = 16 (A and B: 0.26 MB an
 adapter): two launches. 64 rows on 64 adapters: 16.8 MB of weights, 1.0 MB of x and y, 0.03
 MB of partial h (8 splits) written and read: 4.2 us at 4.3 TB/s; expected 8 us, with 2 us of
-launches in a graph; from L2 where the weights stay there. r = 2, 64 on 64: 3.1 MB, 0.7 us: bound by launches and
-latency, expected 5 us. Prefill of 4096 rows in runs of 512 on 8 adapters: x and y 101 MB (y
-read and written), 23 us at 4.3 TB/s, and 1.1 GFLOP; the partial h, 2.1 MB, is read again for
-every 128 columns, 67 MB from L2: bound by bytes, expected 40 us.
+launches in a graph; from L2 where the weights stay there. r = 2, 64 on 64: 3.1 MB, 0.7 us:
+bound by launches and latency, expected 5 us. Prefill of 4096 rows in runs of 512 on 8
+adapters: x and y 101 MB (y read and written), 23 us at 4.3 TB/s, and 1.1 GFLOP; the partial
+h, 2.1 MB, is read again for every 128 columns, 67 MB from L2: bound by bytes, expected 40 us.
 """
 
 from __future__ import annotations

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_examples_run_and_learn(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
+    blocks = [block for block in blocks if "cuda" not in block]
     check = "assert result.applied.tolist() == [True, True, False, True]\n"
     check += "assert np.abs(y - target)[0].mean() < 0.5 * np.abs(target)[0].mean()\n"
     command = [sys.executable, "-c", blocks[0] + check + "".join(blocks[1:])]
@@ -21,3 +25,21 @@ def test_examples_run_and_learn(tmp_path):
     assert "no adapter was named" in ran.stdout
     assert (tmp_path / "my_adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "base.safetensors").stat().st_size < 0.52 * 4096 * 4096
+
+
+def test_the_example_for_a_gpu_runs():
+    """On a GPU as it stands; else interpreted, with 64 features."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = (block for block in blocks if "cuda" in block)
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        block = block.replace("4096", "64").replace("randn(64,", "randn(4,")
+        block = block.replace("(64,), slot", "(4,), slot").replace('"cuda"', '"cpu"')
+        environment.update(TRITON_INTERPRET="1", LORA_ENGINE_BACKEND="triton")
+    size = 4096 if torch.cuda.is_available() else 64
+    before = f"import numpy as np, lora_engine as le; A = np.ones((2, {size}), 'f4')\n"
+    before += f"B = np.ones(({size}, 2), 'f4')\n"
+    after = "assert result.applied.all(); assert (y != 0).any()\n"
+    command = [sys.executable, "-c", before + block + after]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

@@ -10,6 +10,7 @@ import ast
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,8 +134,26 @@ def test_every_variant_compiles(
         for i, (name, answer) in enumerate(zip(names, found, strict=True))
         if answer["problems"]
     ]
+    wrong += of_other_instructions(found)
     if wrong:
         pytest.fail(f"{module} on {device}:\n" + "\n".join(wrong), pytrace=False)
+
+
+# Of a delta, whose order of summation must be a row's own, in every tiling of rows.
+DELTA = re.compile(r"((?:batched_lora_delta|lora_delta|nf4_linear)-\w+-\w+)-\d+-(\w+)")
+
+
+def of_other_instructions(found: list[dict[str, Any]]) -> list[str]:
+    """Tilings of a delta that multiply with other instructions than the first of its kernel."""
+    seen: dict[Any, Any] = {}
+    wrong = []
+    for answer in found:
+        named = DELTA.fullmatch(answer.get("variant", ""))
+        if named and not answer["problems"]:
+            first = seen.setdefault(named.groups(), answer["matrix"])
+            if answer["matrix"] != first:
+                wrong.append(f"{answer['variant']}: {answer['matrix']}, another tiling {first}")
+    return wrong
 
 
 def jitted(module: ModuleType) -> dict[str, Any]:

@@ -91,32 +91,28 @@ def test_no_memory_left_changes_nothing(change, monkeypatch):
     A, B, s = adapter()
     slot = pool.add(A, B, s)
     pool.set(slot, *adapter(rank=1, seed=1))
-    before, free = pool.get(slot), pool._storage._storage._free
-    storage = pool._storage._storage
-    monkeypatch.setattr(storage, "_new", lambda *a: (_ for _ in ()).throw(MemoryError()))
-    monkeypatch.setattr(storage, "_free", [])
-    with pytest.raises(MemoryError):
-        if change == "rollback":
-            pool._storage._slots[slot] = pool._storage._slots[slot]._replace(
-                replaced=pool._storage._read("test", [np.ones((90, 16), "f4")],
-                                             [np.ones((8, 90), "f4")], 1.0)
-            )  # fmt: skip
-            pool.rollback(slot)
-        elif change == "set":
-            pool.set(slot, *adapter(rank=90))
-        else:
-            pool.add(*adapter(rank=90))
-    monkeypatch.undo()
-    storage._free = free
+    before, storage = pool.get(slot), pool._storage._storage
+    calls = {
+        "add": lambda: pool.add(*adapter(rank=90)),
+        "set": lambda: pool.set(slot, *adapter(rank=90)),
+        "rollback": lambda: pool.rollback(slot),
+    }
+
+    def full(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_new", full)
+        patch.setattr(storage, "_free", [])
+        patch.setattr(storage, "_end", storage.adapters.arena.numel())
+        with pytest.raises(MemoryError):
+            calls[change]()
     assert bits(pool.get(slot)[0]) == bits(before[0])
     assert len(pool) == 1
     other = pool.add(*adapter(rank=1, seed=5))
     assert other == 1
     y = pool.forward(on_device(np.ones((2, 16))), indices([slot, other]))
-    want = [
-        before[2] * before[1] @ before[0].sum(1),
-        0.5 * (adapter(1, seed=5)[1] @ adapter(1, seed=5)[0].sum(1)),
-    ]  # noqa: E501
+    want = [s * B @ A.sum(1) for A, B, s in (before, adapter(1, seed=5))]
     assert np.allclose(f64(y), want, rtol=1e-4)
 
 
