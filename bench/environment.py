@@ -43,7 +43,7 @@ def _git(*args: str) -> str:
     return run.stdout.strip()
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -90,5 +90,5 @@ def describe() -> dict[str, Any]:
         "isa": isa(),
         "extension": extension(),
         "threads": le.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
     }
