@@ -39,7 +39,12 @@ def _cpuinfo(field: str) -> str:
 
 def _git(*args: str) -> str:
     folder = Path(__file__).parent
-    run = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=False)
+    try:
+        run = subprocess.run(
+            ["git", *args], cwd=folder, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
     return run.stdout.strip()
 
 

@@ -166,7 +166,7 @@ def describe() -> dict[str, Any]:
             "driver": _driver(),
             "processors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
-            "l2_bytes": properties.L2_cache_size,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
             "capability": ".".join(map(str, torch.cuda.get_device_capability(0))),
         }
     }
@@ -217,6 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, help="JSON file (default: bench/results/gpu-DEVICE.json)"
     )
     args = parser.parse_args(arguments)
+    for forced in ("TRITON_INTERPRET", "LORA_ENGINE_BACKEND"):  # a GPU is what this is about
+        os.environ.pop(forced, None)
     budget = Budget(TOTAL_SECONDS)
     if why := no_gpu():
         print(f"no GPU: {why}; nothing was run, nothing is claimed")

@@ -42,17 +42,34 @@ def collect(names: Iterable[str]) -> tuple[list[str], str]:
 
 
 def shards(ids: Sequence[str], count: int) -> list[list[str]]:
-    """Dealt out in turn, so that a file's tests, which take alike, go to different processes."""
-    return [part for i in range(count) if (part := list(ids[i::count]))]
+    """About ``count`` parts, each of one file: a kernel that breaks the device for its process
+    fails no test of another op. Within a file they are dealt out in turn, as neighbours take
+    alike."""
+    by_file: dict[str, list[str]] = {}
+    for test in ids:
+        by_file.setdefault(file_of(test), []).append(test)
+    parts = []
+    for own in by_file.values():
+        share = max(1, round(count * len(own) / len(ids)))
+        parts += [own[i::share] for i in range(share)]
+    return parts
 
 
-def summarise(ids: Iterable[str], output: str) -> dict[str, dict[str, Any]]:
-    """By file: status, counts and what failed, from what pytest -v printed."""
+def file_of(test: str) -> str:
+    return test.split("::")[0].removesuffix(".py").split("/")[-1]
+
+
+def summarise(
+    ids: Iterable[str], output: str, crashed: Iterable[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """By file: status, counts and what failed, from what pytest -v printed.
+
+    crashed: files of processes that ended by themselves before their tests did.
+    """
     found: dict[str, dict[str, Any]] = {}
     for test in ids:
-        name = test.split("::")[0].removesuffix(".py").split("/")[-1]
         counts = {"tests": 0, "passed": 0, "failed": 0, "skipped": 0, "failures": []}
-        found.setdefault(name, counts)["tests"] += 1
+        found.setdefault(file_of(test), counts)["tests"] += 1
     kinds = {"PASSED": "passed", "XFAIL": "passed", "SKIPPED": "skipped"}
     for line in output.splitlines():
         if match := _LINE.match(line):
@@ -63,6 +80,9 @@ def summarise(ids: Iterable[str], output: str) -> dict[str, dict[str, Any]]:
                 found[name]["failures"].append(test)
         elif (match := _REASON.match(line)) and match[2]:
             found[match[1]].setdefault("reasons", []).append(match[2][:300])
+    for name in crashed:
+        found[name]["failed"] += 1
+        found[name]["failures"].append("the process ended before its tests did")
     for counts in found.values():
         counts["status"] = _status(counts)
     return found
@@ -85,31 +105,39 @@ def run(
     if why:
         return {}, why
     folder.mkdir(parents=True, exist_ok=True)
-    logs, running = [], []
+    parts = shards(ids, processes)
+    logs = [folder / f"tests-{i}.log" for i in range(len(parts))]
+    running: list[subprocess.Popen[bytes]] = []
     until = time.monotonic() + seconds
     try:
-        for i, part in enumerate(shards(ids, processes)):
-            logs.append(folder / f"tests-{i}.log")
-            command = (
-                sys.executable, "-u", "-m", "pytest", "-v", "--tb=short", "--color=no", "-p",
-                "no:cacheprovider", "-W", "default", *part,
-            )  # fmt: skip
-            with open(logs[-1], "wb") as log:
-                running.append(
-                    subprocess.Popen(
-                        command, cwd=TESTS, env=gpu_build.environment(), stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )  # fmt: skip
+        for part, log in zip(parts, logs, strict=True):
+            running.append(_start(part, log))
         while any(p.poll() is None for p in running) and time.monotonic() < until:
             time.sleep(1.0)
             progress(f"tests: {_counted(logs)} of {len(ids)}")
+        crashed = {
+            file_of(part[0])
+            for part, p in zip(parts, running, strict=True)
+            if p.poll() not in (None, 0, 1)  # running; as pytest ends: all passed, some failed
+        }
     finally:
         for process in running:
             if process.poll() is None:
                 process.kill()
             process.wait()
-    return summarise(ids, "\n".join(_read(log) for log in logs)), ""
+    return summarise(ids, "\n".join(_read(log) for log in logs), crashed), ""
+
+
+def _start(part: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    # What libraries warn of on that machine says nothing about an op.
+    command = (
+        sys.executable, "-u", "-m", "pytest", "-v", "--tb=short", "--color=no", "-p",
+        "no:cacheprovider", "-W", "default", *part,
+    )  # fmt: skip
+    with open(log, "wb") as file:
+        return subprocess.Popen(
+            command, cwd=TESTS, env=gpu_build.environment(), stdout=file, stderr=subprocess.STDOUT
+        )
 
 
 def _read(log: Path) -> str:
