@@ -113,7 +113,7 @@ def launches_of(call: Callable[[], Any]) -> int | None:
             call()
             torch.cuda.synchronize()
         return sum(event.device_type == DeviceType.CUDA for event in profiler.events()) or None
-    except RuntimeError:
+    except Exception:  # a machine without CUPTI, say: the times do not need it
         return None
 
 

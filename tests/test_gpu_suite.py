@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,33 @@ def test_ctrl_c_leaves_what_there_is(monkeypatch):
     assert result["interrupted"] is True
     assert [row["status"] for row in result["rows"]] == ["measured"]
     assert len(result["targets"]) == len(gpu.judged(CASES, result_of()))
+
+
+def test_a_peer_that_fails_or_is_absent_costs_the_others_nothing(monkeypatch):
+    def missing(data):
+        raise sizes.Absent("peft is not installed")
+
+    def fails(data):
+        raise ValueError("no such layer\nat all")
+
+    def times(graphs):
+        return {name: [float(i)] for i, name in enumerate(graphs, start=1)}
+
+    monkeypatch.setattr(gpu_worker, "captured", lambda timed: timed)
+    monkeypatch.setattr(gpu_worker, "interleaved", times)
+    monkeypatch.setattr(gpu_worker, "launches_of", lambda call: 2)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    done = sizes.Timed([lambda: None], lambda run: None)
+    peers = {"a": missing, "b": fails, "c": lambda data: done}
+    case = sizes.Case("op", "s", (), 10**9, lambda sets: sets, {OURS: lambda data: done, **peers})
+    row = gpu_worker.measure(case, COPY)
+    assert {name: state["status"] for name, state in row["contenders"].items()} == {
+        OURS: "measured", "a": "absent", "b": "failed", "c": "measured",
+    }  # fmt: skip
+    assert row["contenders"]["b"]["why"] == "ValueError: no such layer"
+    assert row["ratios"] == {"c": {"p10": 2.0, "median": 2.0, "p90": 2.0}}
+    with pytest.raises(ValueError, match="no such layer"):
+        gpu_worker.measure(replace(case, contenders={OURS: fails}), COPY)
 
 
 def test_a_worker_says_why_and_is_started_anew():
