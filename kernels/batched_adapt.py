@@ -36,6 +36,7 @@ from .gradient import (
     GROUP,
     HALF,
     TILE,
+    WIDTHS,
     Samples,
     by_groups,
     elements_before,
@@ -247,14 +248,14 @@ def gradient_of(
 
 
 def variants(device: Device) -> Variants:
-    """The update, at 4096 features and rank 16 with one slice."""
-    for x, w in product(FLOATS, FLOATS):
+    """The update, at 4096 features."""
+    for x, w, widths in product(FLOATS, FLOATS, WIDTHS):
         names = FLOATS[x], FLOATS[w]
         yield Variant(
-            f"adapt-update-{names[0]}-{names[1]}", _update,
+            f"adapt-update-{names[0]}-{names[1]}-{widths.name}", _update,
             (names[0], names[0], "i32", "i32", names[1], "i64", "i32", "i64", "i64", "i64",
              "i32", "fp32", "fp32", "fp64", "i64", "i32", "fp64"),
             ("i32", "fp32", "i32", "i32", "i32", *("fp32",) * 7, *("i32",) * 4, "fp32",
              "fp32", "i32"),
-            (4096, 16, 1, 4096, 4096, spans(4096)[0]), (), UPDATE, False,
+            (4096, *widths[1:], 4096, 4096, spans(4096)[0]), (), UPDATE, False,
         )  # fmt: skip

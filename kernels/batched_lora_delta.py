@@ -10,9 +10,9 @@ Ranks are those of the slots: a block past a slot's rank leaves at once, and no 
 read for ranks that are not there.
 
 Roofline on an H200, bfloat16, in = out = 4096, one slice, r = 16 (A and B: 0.26 MB an
-adapter): two launches. 64 rows on 64 adapters: 16.8 MB of weights, 1.0 MB of x and y, 0.5
-MB of partial h: 4.3 us at 4.3 TB/s; expected 8 us, with 2 us of launches in a graph; from
-L2 where the weights stay there. r = 2, 64 on 64: 3.1 MB, 0.7 us: bound by launches and
+adapter): two launches. 64 rows on 64 adapters: 16.8 MB of weights, 1.0 MB of x and y, 0.03
+MB of partial h (8 splits) written and read: 4.2 us at 4.3 TB/s; expected 8 us, with 2 us of
+launches in a graph; from L2 where the weights stay there. r = 2, 64 on 64: 3.1 MB, 0.7 us: bound by launches and
 latency, expected 5 us. Prefill of 4096 rows in runs of 512 on 8 adapters: x and y 101 MB (y
 read and written), 23 us at 4.3 TB/s, and 1.1 GFLOP; the partial h, 2.1 MB, is read again for
 every 128 columns, 67 MB from L2: bound by bytes, expected 40 us.
@@ -30,7 +30,7 @@ import triton.language as tl
 from .launch import FLOATS, Device, Variant, Variants, cdiv, launch, scratch
 from .lora_delta import BLOCK_R, COLUMNS, SHRINK, block_k, expand_config, spans
 from .storage import Adapters
-from .tiles import expand, precision, project
+from .tiles import expand, precision, project, rounded
 
 NOT_PENDING = tl.constexpr(2**31 - 1)
 
@@ -93,10 +93,10 @@ def add_deltas(
     return acc, touched
 
 
-@triton.jit(do_not_specialize=["n", "k", "slots", "rank_stride"])
+@triton.jit(do_not_specialize=["n", "k", "slots", "rank_stride", "slices", "transposed"])
 def _shrink(
     p_x, p_ids, p_h, p_arena, p_offsets, p_ranks, p_firsts, p_flag,
-    n, k, slots, rank_stride, in_features, slices, transposed, splits, span,
+    n, k, slots, rank_stride, slices, transposed, in_features, splits, span,
     stride_xn, stride_xk, stride_in, stride_ik,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -115,9 +115,8 @@ def _shrink(
     r_first = tl.program_id(2) % tiles * BLOCK_R
     i_r = r_first + tl.arange(0, BLOCK_R)
     slot, bad = slots_of(p_ids, p_ranks, i_m, m_m, j, stride_in, stride_ik, slots, slices)
-    flag = p_flag + tl.zeros((BLOCK_M,), tl.int32)
-    tl.store(flag + 1, tl.load(p_ids + i_m.to(tl.int64) * stride_in + j * stride_ik, bad, 0), bad)
-    tl.store(flag, 1, bad)
+    found = tl.load(p_ids + i_m.to(tl.int64) * stride_in + j * stride_ik, bad, 0).to(tl.int64)
+    tl.store(p_flag + tl.zeros((BLOCK_M,), tl.int32), 2 * found + 1, bad)
     first = tl.load(p_firsts + s) * transposed
     length = in_features
     if transposed:
@@ -143,10 +142,14 @@ def _shrink(
         current = tl.min(pending, 0)
 
 
-@triton.jit(do_not_specialize=["n", "k", "weighted", "slots", "rank_stride", "accumulate"])
+@triton.jit(
+    do_not_specialize=[
+        "n", "k", "weighted", "slots", "rank_stride", "accumulate", "slices", "transposed",
+    ]
+)  # fmt: skip
 def _expand(
     p_y, p_ids, p_weights, p_h, p_arena, p_offsets, p_ranks, p_scalings, p_firsts,
-    n, k, weighted, slots, rank_stride, accumulate, in_features, slices, transposed, splits,
+    n, k, weighted, slots, rank_stride, accumulate, slices, transposed, in_features, splits,
     stride_yn, stride_yo, stride_in, stride_ik, stride_wn, stride_wk,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -179,7 +182,7 @@ def _expand(
     m_add = (touched & (accumulate != 0))[:, None] & m_n[None, :]
     acc += tl.load(to, m_add, 0.0).to(tl.float32)
     m_y = (touched | (m_m & (accumulate == 0)))[:, None] & m_n[None, :]
-    tl.store(to, acc.to(p_y.dtype.element_ty), m_y)
+    tl.store(to, rounded(acc, p_y.dtype.element_ty), m_y)
 
 
 class Batch(NamedTuple):
@@ -225,8 +228,8 @@ def shrink(x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
     grid = cdiv(n, tile.rows), splits, k * slices * (rank_stride // BLOCK_R)
     launch(
         _shrink, grid, (x, batch.ids, h, a.arena, a.offsets, a.ranks, a.firsts, a.flag),
-        (n, k, a.ranks.shape[0], rank_stride),
-        (a.in_features, slices, int(batch.transposed), splits, span, *x.stride(),
+        (n, k, a.ranks.shape[0], rank_stride, slices, int(batch.transposed)),
+        (a.in_features, splits, span, *x.stride(),
          *batch.ids.stride()),
         (tile.rows, tile.block_m, BLOCK_R, block_k(how), how), SHRINK,
     )  # fmt: skip
@@ -244,15 +247,15 @@ def batched_lora_delta(x: torch.Tensor, batch: Batch, out: torch.Tensor, accumul
         _expand, (cdiv(n, tile.rows), sum(cdiv(o, tile.block_n) for o in outs), 1),
         (out, batch.ids, weights, h, a.arena, a.offsets, a.ranks, a.scalings, a.firsts),
         (n, k, int(batch.weights is not None), a.ranks.shape[0], batch.rank_stride,
-         int(accumulate)),
-        (a.in_features, len(a.outs), int(batch.transposed), splits, *out.stride(),
+         int(accumulate), len(a.outs), int(batch.transposed)),
+        (a.in_features, splits, *out.stride(),
          *batch.strides),
         (*tile, BLOCK_R, precision(x.dtype, a.arena.dtype)), expand_config(tile.block_m),
     )  # fmt: skip
 
 
 def variants(device: Device) -> Variants:
-    """All that ``batched_lora_delta`` can launch, at 4096 features, with one slice."""
+    """All that ``batched_lora_delta`` can launch, at 4096 features."""
     splits, span = spans(4096)
     for x, w in product(FLOATS, FLOATS):
         how, names = precision(x, w), (FLOATS[x], FLOATS[w])
@@ -262,13 +265,13 @@ def variants(device: Device) -> Variants:
             name = f"batched_lora_delta-{names[0]}-{names[1]}-{tile.rows}"
             yield Variant(
                 f"{name}-shrink", _shrink,
-                (names[0], "i32", "fp32", names[1], "i64", "i32", "i32", "i32"), ("i32",) * 4,
-                (4096, 1, 0, splits, span, 4096, 1, 1, 1),
+                (names[0], "i32", "fp32", names[1], "i64", "i32", "i32", "i64"), ("i32",) * 6,
+                (4096, splits, span, 4096, 1, 1, 1),
                 (tile.rows, tile.block_m, BLOCK_R, block_k(how), how), SHRINK, matrix,
             )  # fmt: skip
             yield Variant(
                 f"{name}-expand", _expand,
                 (names[0], "i32", "fp32", "fp32", names[1], "i64", "i32", "fp32", "i32"),
-                ("i32",) * 6, (4096, 1, 0, splits, 4096, 1, 1, 1, 1, 1),
+                ("i32",) * 8, (4096, splits, 4096, 1, 1, 1, 1, 1),
                 (*tile, BLOCK_R, how), expand_config(tile.block_m), matrix,
             )  # fmt: skip

@@ -22,7 +22,9 @@ from .launch import FLOATS, Device, Variant
 
 _FAR = 1 << 31  # bytes: past what a 32-bit offset reaches
 _TYPES = {name: dtype for dtype, name in FLOATS.items()}
-_MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_\w+|v_smfmac_\w+)")
+_MATRIX = re.compile(
+    r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*|\bv_(?:mfma|smfmac)_\w+"
+)
 
 
 class Resources(NamedTuple):
@@ -30,14 +32,14 @@ class Resources(NamedTuple):
 
     registers: of a thread. spills: bytes of a thread's memory that stand for registers.
     scalar_spills: AMD's scalar registers that are kept in lanes of vector registers, not in
-    memory. shared: bytes of a block. matrix: whether matrix instructions are there.
+    memory. shared: bytes of a block. matrix: the matrix instructions, each once.
     """
 
     registers: int
     spills: int
     scalar_spills: int
     shared: int
-    matrix: bool
+    matrix: tuple[str, ...]
 
 
 class _Pointer:
@@ -134,17 +136,29 @@ def resources(kernel: Any) -> Resources:
             field("private_segment_fixed_size") + 4 * field("vgpr_spill_count"),
             field("sgpr_spill_count"),
             max(shared, field("group_segment_fixed_size")),
-            bool(_MATRIX.search(text)),
+            _matrix(text),
         )
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", _cuobjdump(kernel, "-res-usage")))
     reserved = 1024 if kernel.metadata.target.arch >= 90 else 0  # by the system, past the limit
     return Resources(
         int(usage["REG"]),
-        int(usage["STACK"]) + int(usage["LOCAL"]),
+        _spills(kernel, int(usage["STACK"]) + int(usage["LOCAL"])),
         0,
         shared + int(usage["SHARED"]) - reserved,
-        bool(_MATRIX.search(kernel.asm["ptx"])),
+        _matrix(kernel.asm["ptx"]),
     )
+
+
+def _matrix(text: str) -> tuple[str, ...]:
+    return tuple(sorted(set(_MATRIX.findall(text))))
+
+
+def _spills(kernel: Any, reserved: int) -> int:
+    """Of the bytes reserved for a thread, those that are used: Triton 3.7 reserves some that
+    no instruction touches."""
+    if not reserved:
+        return 0
+    return reserved if re.search(r"\b(STL|LDL)\b", machine_code(kernel)) else 0
 
 
 def machine_code(kernel: Any) -> str:

@@ -18,21 +18,30 @@ not see.
 
 Three launches a block: ``_gram``, ``_tridiagonal``, ``_solve``. G, C and Q live in the record.
 
-Roofline on an H200, bfloat16 weights, in = out = 4096, records in float32. A user with rank r
-reads its anchors 4 r (in + out) twice, weights 2 r (in + out) twice and writes them once; 8 r²
-float64 operations a column in ``_solve`` (67 TFLOP/s), 4 r² in ``_gram``. 256 users, r = 2: 60 MB,
-14 us at 4.3 TB/s, expected 60 us, launches and the latency of few columns a block. 256 users, r =
-16: 470 MB, 110 us; 2 M columns of 3,072 operations, 6.4 GFLOP, 0.1 ms; expected 0.6 ms, bound by
-the exchanges between threads inside ``_solve``. One user, r = 16: bound by latency; expected 100
-us, most of it the 14 reflections. Ranks above 64 are right and not fast.
+A block of ``_solve`` holds 4, 32 or 256 ranks, the least that covers the largest in the pool:
+another adapter's rank can so change the order of a float64 sum, before the rounding to storage.
+
+Roofline on an H200, bfloat16 weights, in = out = 4096, records in float32, a row of bfloat16 a
+user. A user with rank r reads its anchors 4 r (in + out) and u and v 4 (in + out) twice, weights
+2 r (in + out) twice and writes them once; x and grad are copied to float32, 10 (in + out). For
+each of its in + out columns, 8 r R float64 operations in ``_solve`` with R the ranks of its
+block, 4 r R' in ``_gram`` with r rounded up to 4 or by 16, at 34 TFLOP/s: no matrix units.
+256 users, r = 2: 59 MB, 17 of u and v, 21 of x and grad, 23 us at 4.3 TB/s; 0.2 GFLOP, 6 us;
+expected 70 us, launches and the latency of few columns a block. 256 users, r = 16: 470 MB, 17 and
+21, 118 us; 2.1 M columns of 5,120 operations, 10.7 GFLOP, 0.32 ms; expected 0.8 ms, bound by the
+exchanges between threads inside ``_solve``. One user, r = 16: bound by latency; expected 100 us,
+most of it the 14 reflections. Ranks above 64 are right and not fast.
 """
 
 from __future__ import annotations
+
+from itertools import product
 
 import triton
 import triton.language as tl
 
 from .gradient import (
+    WIDTHS,
     Samples,
     elements_before,
     factor,
@@ -218,25 +227,25 @@ def _eliminated(b_right, b_t, p_g, p_q, rank, i, m_i, BLOCK_R: tl.constexpr, COL
 
 @triton.jit(
     do_not_specialize=[
-        "buffered", "scale", "pair_stride", "ranks", "records", "side", "lr", "decay", "pull",
-        "max_norm", "seed_low", "seed_high",
+        "buffered", "scale", "pair_stride", "ranks", "records", "side", "tiles", "lr", "decay",
+        "pull", "max_norm", "seed_low", "seed_high",
     ]
 )  # fmt: skip
 def _solve(
     p_x, p_grad, p_keys, p_runs, p_outcomes, p_norms, p_arena, p_offsets, p_ranks,
     p_scalings, p_versions, p_epochs, p_firsts, p_f, p_buffer, p_records,
-    buffered, scale, pair_stride, ranks, records, side, lr, decay, pull, max_norm, seed_low,
+    buffered, scale, pair_stride, ranks, records, side, tiles, lr, decay, pull, max_norm, seed_low,
     seed_high, in_features, unit, slices, stride_xn, stride_gn, splits,
     BLOCK_R: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS columns of factor ``side`` of each slice; grid (pairs, width / COLUMNS, slices)."""
-    p, s = tl.program_id(0), tl.program_id(2)
+    """COLUMNS columns of factor ``side`` of each slice; grid (pairs * tiles, 1, slices)."""
+    p, tile, s = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(2)
     slot, rank, address = _learner(
         p_keys, p_runs, p_outcomes, p_ranks, p_epochs, p_records, records, p, s, slices
     )
     z = 2 * s + side
     _, width, first, element = factor(p_ranks, p_firsts, slot, z, in_features, unit, slices)
-    c_first = tl.program_id(1) * COLUMNS
+    c_first = tile * COLUMNS
     if (rank == 0) | (c_first >= width):
         return
     i_c = c_first + tl.arange(0, COLUMNS)
@@ -286,14 +295,16 @@ def _solve(
     tl.store(p_own + i, b_new, m)
 
 
-CONFIG, REDUCE = Config(4, 1, fp_fusion=False), Config(2, 1, fp_fusion=False)
+CONFIG = Config(4, 1, fp_fusion=False, registers=255)
+REDUCE = Config(2, 1, fp_fusion=False)
 BLOCKS = (4, 32, 256)  # ranks of a block
 WIDEST = BLOCKS[-1]
 TILE = 1024  # elements
 
 
 def block_of(adapters: Adapters) -> int:
-    return next(b for b in BLOCKS if b >= adapters.max_rank)
+    """Records are of WIDEST ranks at most, whatever else the pool has."""
+    return next(b for b in BLOCKS if b >= min(adapters.max_rank, WIDEST))
 
 
 def work_elements(ranks: tuple[int, ...]) -> int:
@@ -322,19 +333,20 @@ def solve(adapters: Adapters, samples: Samples, made: Outcome, step: Step) -> No
         )  # fmt: skip
         width = max(a.outs) if side else a.in_features
         lr, decay = (step.lr_B, step.decay_B) if side else (step.lr_A, step.decay_A)
+        tiles = cdiv(width, TILE // block)
         launch(
-            _solve, (runs.pairs, cdiv(width, TILE // block), slices),
+            _solve, (runs.pairs * tiles, 1, slices),
             (x, grad, runs.keys, runs.table, made.outcomes, made.norms, a.arena,
              a.offsets, a.ranks, a.scalings, a.versions, a.epochs, a.firsts, samples.f,
              samples.f if samples.buffer is None else samples.buffer, table),
             (int(samples.buffer is not None), samples.scale, *strides_of(a), table.shape[0],
-             side, lr, decay, lr * records.penalty, step.max_norm, *seed_words(step.seed)),
+             side, tiles, lr, decay, lr * records.penalty, step.max_norm, *seed_words(step.seed)),
             (*shape, x.stride(0), grad.stride(0), splits_of(a)), (block, TILE // block), CONFIG,
         )  # fmt: skip
 
 
 def variants(device: Device) -> Variants:
-    """All that ``solve`` can launch, at 4096 features with one slice."""
+    """All that ``solve`` can launch, at 4096 features."""
     splits = spans(4096)[0]
     for block in BLOCKS:
         yield Variant(
@@ -342,18 +354,18 @@ def variants(device: Device) -> Variants:
             ("i32", "i32", "i32", "i32", "i64", "i64"), ("i32",), (1,),
             (block, min(block, TILE // 2 // block)), REDUCE, False,
         )  # fmt: skip
-    for w in FLOATS:
+    for w, widths in product(FLOATS, WIDTHS):
         name = FLOATS[w]
         yield Variant(
-            f"ewc_delta-gram-{name}", _gram,
+            f"ewc_delta-gram-{name}-{widths.name}", _gram,
             ("i32", "i32", "i32", name, "i64", "i32", "i64", "i32", "i64"), ("i32", "i32"),
-            (4096, 16, 1), (), CONFIG, False,
+            (4096, *widths[1:]), (), CONFIG, False,
         )  # fmt: skip
         for block in BLOCKS:
             yield Variant(
-                f"ewc_delta-solve-{name}-{block}", _solve,
+                f"ewc_delta-solve-{name}-{block}-{widths.name}", _solve,
                 ("fp32", "fp32", "i32", "i32", "i32", "fp64", name, "i64", "i32", "fp32",
                  "i64", "i64", "i32", "fp32", "fp32", "i64"),
-                ("i32", "fp32", "i32", "i32", "i32", "i32", *("fp32",) * 4, "i32", "i32"),
-                (4096, 16, 1, 4096, 4096, splits), (block, TILE // block), CONFIG, False,
+                ("i32", "fp32", *("i32",) * 5, *("fp32",) * 4, "i32", "i32"),
+                (4096, *widths[1:], 4096, 4096, splits), (block, TILE // block), CONFIG, False,
             )  # fmt: skip

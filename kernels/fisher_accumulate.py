@@ -14,24 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FLOATS, IN_INTERPRETER, Config, Device, Variant, Variants, cdiv, launch
-
-
-@triton.jit
-def _nearest(b_values, dtype: tl.constexpr):
-    """float32 as dtype, rounded to nearest, ties to even."""
-    if IN_INTERPRETER and dtype == tl.bfloat16:  # which cuts the low bits off
-        b_bits = b_values.to(tl.uint32, bitcast=True)
-        b_bits += 0x7FFF + ((b_bits >> 16) & 1)
-        b_bits = tl.where(b_values == b_values, b_bits >> 16, 0x7FC0)
-        return b_bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return b_values.to(dtype)
+from .launch import FLOATS, Config, Device, Variant, Variants, cdiv, launch
+from .tiles import rounded
 
 
 @triton.jit
 def _update(b_old, b_g, gamma, scale, dtype: tl.constexpr):
     b_g = b_g.to(tl.float32)
-    return _nearest(gamma * b_old.to(tl.float32) + scale * (b_g * b_g), dtype)
+    return rounded(gamma * b_old.to(tl.float32) + scale * (b_g * b_g), dtype)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "gamma", "scale"])

@@ -381,13 +381,30 @@ def strides_of(adapters: Adapters) -> tuple[int, int]:
     return 2 * len(adapters.outs) * splits_of(adapters) * ranks, ranks
 
 
+class Widths(NamedTuple):
+    """What of a pool's widths kernels are compiled for."""
+
+    name: str
+    unit: int
+    slices: int
+
+
+# One slice of y, which 16 divides, and what else there is.
+WIDTHS = Widths("even", 16, 1), Widths("odd", 1, 3)
+
+
 def variants(device: Device) -> Variants:
-    """All of this file, at 4096 features and rank 16 with one slice."""
-    shape = (4096, 16, 1, 4096, 4096, spans(4096)[0])
+    """All of this file, at 4096 features."""
+    for widths in WIDTHS:
+        yield from _variants(device, widths)
+
+
+def _variants(device: Device, widths: Widths) -> Variants:
+    shape = (4096, *widths[1:], 4096, 4096, spans(4096)[0])
     for x in FLOATS:
         name = FLOATS[x]
         yield Variant(
-            f"adapt-squares-{name}", _squares,
+            f"adapt-squares-{name}-{widths.name}", _squares,
             (name, name, "i32", "i32", "i32", "i32", "fp32", "fp32", "fp64"),
             ("i32", "i32", "fp32", "i32", "i32", "i32"), shape, (), SQUARES, False,
         )  # fmt: skip
@@ -395,7 +412,7 @@ def variants(device: Device) -> Variants:
         names, how = (FLOATS[x], FLOATS[w]), product_precision(x, w)
         matrix = how != "ieee" or device.backend == "hip"
         yield Variant(
-            f"adapt-project-{names[0]}-{names[1]}", _project,
+            f"adapt-project-{names[0]}-{names[1]}-{widths.name}", _project,
             (names[0], names[0], "fp32", "i32", "i64", "i32", names[1], "i64", "i32", "fp32", "i32",
              "fp32"),
             ("i32",) * 7, shape, (how,), PROJECT, matrix,

@@ -58,13 +58,15 @@ class Config(NamedTuple):
     registers: int = 0
 
     def options(self, backend: str) -> dict[str, Any]:
-        """In Triton's words."""
+        """In Triton's words. On AMD one matrix instruction for all tilings, as on NVIDIA: the
+        order of its sums is a row's."""
         limit = {"maxnreg": self.registers} if self.registers and backend == "cuda" else {}
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": self.fp_fusion,
             **limit,
+            **({"matrix_instr_nonkdim": 16} if backend == "hip" else {}),
         }
 
 
@@ -93,6 +95,7 @@ def device_of(index: int | None) -> Device:
     return Device("cuda", 10 * major + minor, count, shared)
 
 
+_MOST_BLOCKS = 65535  # of CUDA's grids in y and z
 _HANDLES: dict[Any, Any] = {}
 _MANY = 4096  # handles: a layout may bring the number of rows into the shape, as a stride
 
@@ -113,6 +116,8 @@ def launch(
     """
     if 0 in grid:
         return
+    if max(grid[1:]) > _MOST_BLOCKS:
+        raise ValueError(f"launch: grid: expected at most {_MOST_BLOCKS} blocks a side, got {grid}")
     arguments = (*pointers, *sizes, *shape, *constants)
     if INTERPRETED:
         fn[grid](*arguments)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .launch import FLOATS, Config, Device, Variant, Variants, cdiv, launch, scratch
-from .tiles import expand, precision, project
+from .tiles import expand, precision, project, rounded
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -61,7 +61,7 @@ def _expand(
     m_y = m_m[:, None] & m_n[None, :]
     if accumulate:
         b_y += tl.load(to, m_y, 0.0).to(tl.float32)
-    tl.store(to, b_y.to(p_y.dtype.element_ty), m_y)
+    tl.store(to, rounded(b_y, p_y.dtype.element_ty), m_y)
 
 
 SPAN = 128  # features: what the spans of the sum over features are multiples of

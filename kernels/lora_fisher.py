@@ -12,13 +12,15 @@ Squares and sums of 16 samples are float32, all beyond that is float64. The prod
 squares are float32 in full, so matrix units do not take them on NVIDIA.
 
 Roofline on an H200, in = out = 4096: bytes = x and grad once, n (in + out) of their size,
-and partial sums of up to 8 splits, 8 r (in + out) each, written and read once a piece;
+and partial sums of up to 8 splits, 8 r (in + out) each, written and read once a piece of
+32 MB of x and grad;
 operations 4 n R (in + out) with R = r rounded up to 16, at 60 TFLOP/s of float32 (half of
 them on matrix units where x and A share a 16-bit dtype).
 256 samples, r = 2, float32: 8.4 MB and 1.0 MB of sums, 2.2 us; 134 MFLOP, 2.2 us; bound by
 three launches and their latency: expected 15 us. 4096 samples, r = 16, bfloat16: 67 MB and
-34 MB of sums, 23 us; 2.1 GFLOP, half of them float32, 18 us: expected 60 us. A million: 17 GB,
-3.9 ms; 524 GFLOP, half of them float32, 4.4 ms: bound by arithmetic, expected 12 ms.
+34 MB of sums, 23 us; 2.1 GFLOP, half of them float32, 18 us: expected 60 us. 2^20 samples: 17.2
+GB and, in 512 pieces, 8.6 GB of sums, 6.0 ms if none of them stay in the L2; 550 GFLOP, half of
+them float32, 4.6 ms: one launch is bound by bytes, the next by arithmetic, expected 12 ms.
 """
 
 from __future__ import annotations
@@ -56,8 +58,10 @@ def _project_side(
     for k in range(split * span, last, BLOCK_K):
         i_k = k + tl.arange(0, BLOCK_K)
         m_k = i_k < last
-        b_v = tl.load(rows + i_k[None, :] * stride_vk, m_m[:, None] & m_k[None, :], 0.0)
-        of = i_r[None, :] * stride_fr + i_k[:, None] * stride_fk
+        b_v = tl.load(
+            rows + i_k.to(tl.int64)[None, :] * stride_vk, m_m[:, None] & m_k[None, :], 0.0
+        )
+        of = i_r.to(tl.int64)[None, :] * stride_fr + i_k.to(tl.int64)[:, None] * stride_fk
         b_f = tl.load(p_factor + of, m_k[:, None] & m_r[None, :], 0.0)  # [BLOCK_K, BLOCK_R]
         if EXACT and not IN_INTERPRETER:  # whose bfloat16 product is wrong
             b_h = tl.dot(b_v, b_f, b_h)
@@ -114,7 +118,7 @@ def _row_sums_side(
             of = (k * rank + i_r).to(tl.int64) * n
             b_h += tl.load(p_h + of[:, None] + i_s[None, :], m_r[:, None] & m_s[None, :], 0.0)
         b_h *= scaling
-        of = i_s.to(tl.int64)[:, None] * stride_vn + i_c[None, :] * stride_vk
+        of = i_s.to(tl.int64)[:, None] * stride_vn + i_c.to(tl.int64)[None, :] * stride_vk
         b_v = tl.load(p_v + of, m_s[:, None] & m_c[None, :], 0.0).to(tl.float32)
         acc += tl.dot(b_h * b_h, b_v * b_v, input_precision="ieee").to(tl.float64)
     tl.store(to, acc, m)
@@ -170,7 +174,7 @@ def _sample_sums_side(
                 of = (k * rank + i_r).to(tl.int64) * n
                 b_h += tl.load(p_h + of[:, None] + i_s[None, :], m_r[:, None] & m_s[None, :], 0.0)
             b_h *= scaling
-            of = i_s.to(tl.int64)[:, None] * stride_vn + i_c[None, :] * stride_vk
+            of = i_s.to(tl.int64)[:, None] * stride_vn + i_c.to(tl.int64)[None, :] * stride_vk
             b_v = tl.load(p_v + of, m_s[:, None] & m_c[None, :], 0.0).to(tl.float32)
             b_sample = tl.dot(b_h, b_v, b_sample, input_precision="ieee")
         acc += (b_sample * b_sample).to(tl.float64)
@@ -205,7 +209,7 @@ def _sample_sums(
 BLOCK_M, BLOCK_K = 32, {True: 128, False: 32}  # of the projections
 BLOCK_S = 16  # samples, or rows of one, at a time
 PIECE_BYTES = 32 << 20  # of x and grad, which the L2 holds
-PROJECT, ROWS, SAMPLES = Config(4, 3), Config(4, 2), Config(8, 2)
+PROJECT, ROWS, SAMPLES = Config(4, 3), Config(4, 2), Config(8, 2, registers=96)
 
 
 def spans(features: int, programs: int) -> tuple[int, int]:
@@ -218,7 +222,7 @@ def spans(features: int, programs: int) -> tuple[int, int]:
 def piece_rows(x: torch.Tensor, grad: torch.Tensor, rank: int) -> int:
     """Rows that the L2 holds from one launch to the next, with their h and g."""
     a_row = max((x.shape[1] + grad.shape[1]) * x.element_size(), 8 * rank)
-    return max(PIECE_BYTES // a_row // BLOCK_M, 1) * BLOCK_M
+    return max(PIECE_BYTES // max(a_row, 1) // BLOCK_M, 1) * BLOCK_M
 
 
 def exact(x: torch.dtype, weights: torch.dtype) -> bool:

@@ -32,7 +32,7 @@ def _square_sums_side(
     last = tl.minimum((split + 1) * span, n)
     for row in range(split * span, last, BLOCK_S):
         i_s = row + tl.arange(0, BLOCK_S)
-        of = i_s.to(tl.int64)[:, None] * stride_vn + i_c[None, :] * stride_vk
+        of = i_s.to(tl.int64)[:, None] * stride_vn + i_c.to(tl.int64)[None, :] * stride_vk
         m = (i_s < last)[:, None] & (i_c < width)[None, :]
         b_v = tl.load(p_v + of, m, 0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
         acc += tl.sum(b_v * b_v, 0).to(tl.float64)

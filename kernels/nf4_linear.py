@@ -17,6 +17,11 @@ second launch: 7.5 us expected; a dense bfloat16 matrix takes 9 (33.5 MB). 4096 
 GFLOP, 174 us at 790 TFLOP/s; each tile of 256 rows decodes W anew, 16 times 4 us, in part
 beside the matrix instructions of the other block of an SM: 260 us expected. float16 goes
 through tf32, at half that rate; float32 without matrix instructions, at 30 TFMA/s at best.
+The backward pass: 64 rows (few rows take as long): 9.4 MB of W and 1 MB of grad and dX, 2.4 us,
+decoded once, 4 us; 4 parts of 1 MB written and read again through the L2 and a second launch:
+9 us expected. 4096 rows: 9.4 MB and 67 MB, 18 us; 174 us of products; each tile of 128 rows
+decodes W anew, 32 times 4 us, and it goes through shared memory: 400 us expected. A pool's
+deltas are added to dX by batched_lora_delta.
 Deltas add their shrink, and parts of 8 n out bytes.
 """
 
@@ -43,9 +48,8 @@ from .nf4 import (
     group_absmax,
     load_table,
     load_words,
-    rounded,
 )
-from .tiles import dot, precision
+from .tiles import dot, precision, rounded
 
 
 @triton.jit
@@ -97,19 +101,6 @@ def _row(
         tl.store(p_parts + split * rows + i_c, b_y, m_c)
 
 
-@triton.jit
-def _operand(b, HOW: tl.constexpr):
-    """A float32 tile as the products take it: "native" in bfloat16, "tf32" with 10 bits of
-    fraction, where the matrix instructions would cut the others off."""
-    if HOW == "native":
-        return rounded(b, tl.bfloat16)
-    elif HOW == "tf32":
-        bits = b.to(tl.int32, bitcast=True)
-        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    else:
-        return b
-
-
 @triton.jit(do_not_specialize=["n", "shift", "nested", "offset", "kind", "direct"])
 def _product(
     p_x, p_packed, p_scales, p_steps, p_table, p_bias, p_y, p_parts,
@@ -120,11 +111,11 @@ def _product(
 ):  # fmt: skip
     """y [n, C] = x [n, R] Wᵀ, W [C, R]; TRANSPOSED: x W, W [R, C]; or parts [splits, n, C].
 
-    Grid (C / BLOCK_C, n / BLOCK_M, splits).
+    Grid (n / BLOCK_M, C / BLOCK_C, splits).
     """
-    c_first = tl.program_id(0) * BLOCK_C
+    c_first = tl.program_id(1) * BLOCK_C
     i_c = c_first + tl.arange(0, BLOCK_C)
-    i_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
     features, length = rows, cols
     if TRANSPOSED:
@@ -174,10 +165,12 @@ def _product(
         b_x = tl.load(at, m_m[:, None] & m_r[None, :], 0.0)  # [BLOCK_M, BLOCK_R]
         if HOW == "native" and b_x.dtype != tl.bfloat16:
             b_x = rounded(b_x.to(tl.float32), tl.bfloat16)
-        if TRANSPOSED:
-            acc = dot(b_x, _operand(b_w, HOW), acc, HOW)
+        if HOW == "native":
+            b_w = rounded(b_w, tl.bfloat16)
+        if TRANSPOSED:  # noqa: SIM108
+            acc = dot(b_x, b_w, acc, HOW)
         else:
-            acc = dot(_operand(b_w, HOW), tl.trans(b_x), acc, HOW)
+            acc = dot(b_w, tl.trans(b_x), acc, HOW)
     if not TRANSPOSED:
         acc = tl.trans(acc)  # [BLOCK_M, BLOCK_C]
     m_y = m_m[:, None] & m_c[None, :]
@@ -190,10 +183,12 @@ def _product(
         tl.store(part_rows[:, None] + i_c[None, :], acc, m_y)
 
 
-@triton.jit(do_not_specialize=["n", "kind", "parts", "k", "weighted", "slots", "rank_stride"])
+@triton.jit(
+    do_not_specialize=["n", "kind", "parts", "k", "weighted", "slots", "rank_stride", "slices"]
+)
 def _finish(
     p_y, p_bias, p_parts, p_ids, p_weights, p_h, p_arena, p_offsets, p_ranks, p_scalings, p_firsts,
-    n, kind, parts, k, weighted, slots, rank_stride, features, in_features, slices, splits,
+    n, kind, parts, k, weighted, slots, rank_stride, slices, features, in_features, splits,
     stride_yn, stride_yc, stride_in, stride_ik, stride_wn, stride_wk,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -314,7 +309,7 @@ def _multiply(
         )  # fmt: skip
     else:
         launch(
-            _product, (cdiv(features, form.block_c), cdiv(n, form.block_m), splits), pointers,
+            _product, (cdiv(n, form.block_m), cdiv(features, form.block_c), splits), pointers,
             (n, *sizes), (*shape, *x.stride(), *to.y.stride()),
             (w.aligned, transposed, how, *form[:3]), form.config,
         )  # fmt: skip
@@ -336,15 +331,16 @@ def _add_parts(
     tile = deltas.tiling(n)
     i32, i64, f32 = _nothing(x.device)
     tables: tuple[torch.Tensor, ...] = i32, f32, f32, to.y, i64, i32, f32, i32
-    sizes, shape, weights = (0, 0, 0, 0), (features, 1, 1), x.dtype
+    sizes, shape, weights = (0, 0, 0, 0, 1), (features, 1), x.dtype
     strides: tuple[int, ...] = 1, 1, 1, 1
     if to.batch is not None:
         a, ids, w = to.batch.adapters, to.batch.ids, to.batch.weights
         h, h_splits = deltas.shrink(x, to.batch)
         factors = a.scalings if w is None else w
         tables = ids, factors, h, a.arena, a.offsets, a.ranks, a.scalings, a.firsts
-        sizes = ids.shape[1], int(w is not None), a.ranks.shape[0], to.batch.rank_stride
-        shape, weights = (a.in_features, len(a.outs), h_splits), a.arena.dtype
+        slices = len(a.outs)
+        sizes = ids.shape[1], int(w is not None), a.ranks.shape[0], to.batch.rank_stride, slices
+        shape, weights = (a.in_features, h_splits), a.arena.dtype
         strides = to.batch.strides
     launch(
         _finish, (cdiv(n, tile.rows), cdiv(features, tile.block_n), 1),
@@ -402,6 +398,6 @@ def variants(device: Device) -> Variants:
             yield Variant(
                 f"nf4_linear-{x_name}-{w_name}-{tile.rows}-finish", _finish,
                 (x_name, "u8", "fp32", "i32", "fp32", "fp32", w_name, "i64", "i32", "fp32", "i32"),
-                ("i32",) * 7, (4096, 4096, 1, 8, 4096, 1, 1, 1, 1, 1), (*tile, BLOCK_R, how),
+                ("i32",) * 8, (4096, 4096, 8, 4096, 1, 1, 1, 1, 1), (*tile, BLOCK_R, how),
                 FINISH[tile.rows], how != "ieee" or device.backend == "hip",
             )  # fmt: skip

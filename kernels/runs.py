@@ -29,9 +29,8 @@ def _keys(
     slot, m_bad = slots_of(p_ids, p_ranks, i_row, m_pair, j, stride_n, stride_k, slots, slices)
     tl.store(p_keys + i_pair, tl.where(slot >= 0, slot, slots), m_pair)
     at = p_ids + i_row.to(tl.int64) * stride_n + j.to(tl.int64) * stride_k
-    flag = p_flag + tl.zeros((BLOCK,), tl.int32)
-    tl.store(flag + 1, tl.load(at, m_bad, 0), m_bad)
-    tl.store(flag, 1, m_bad)
+    found = tl.load(at, m_bad, 0).to(tl.int64)
+    tl.store(p_flag + tl.zeros((BLOCK,), tl.int32), 2 * found + 1, m_bad)
 
 
 @triton.jit(do_not_specialize=["pairs", "k", "slots"])
@@ -159,7 +158,10 @@ def finish(adapters: Adapters, runs: Runs, outcomes: torch.Tensor) -> torch.Tens
 
 def variants(device: Device) -> Variants:
     """The three, which depend on no dtype."""
-    yield Variant("adapt-keys", _keys, ("i32",) * 4, ("i32",) * 5, (1,), (BLOCK,), CONFIG, False)
+    yield Variant(
+        "adapt-keys", _keys, ("i32", "i32", "i64", "i32"), ("i32",) * 5, (1,), (BLOCK,), CONFIG,
+        False,
+    )  # fmt: skip
     yield Variant(
         "adapt-runs", _runs, ("i32", "i64", "i32", "i32"), ("i32",) * 3, (), (BLOCK,), CONFIG, False
     )

@@ -34,7 +34,7 @@ class Records(NamedTuple):
 
 class Step(NamedTuple):
     """lr_A, decay_A = 1 - lr_A decay and so on are numbers that float32 holds. max_norm: 0
-    for none. reach: the larger lr; largest: what a weight may move and stay in range.
+    for none. reach: the larger lr.
     """
 
     lr_A: float

@@ -19,7 +19,7 @@ class Adapters(NamedTuple):
     [slots]: of the adapter, which changes when another takes its place. previous int64 [slots,
     slices]: where the weights before an adapt are kept, in the same order (without history an
     empty tensor); kept int32 [slots]: 1 where they are. firsts int32 [slices + 1]: where the
-    columns of a slice begin in y. flag int32 [2]: set to (1, id) by a kernel that meets an id
+    columns of a slice begin in y. flag int64 [1]: set to 2 id + 1 by a kernel that meets an id
     which is no slot in use; memory that the host can read.
     max_rank: no slice has more.
     """

@@ -115,29 +115,6 @@ def test_a_strong_penalty_holds_the_adapter_at_its_anchor():
     assert np.abs(free.get(0)[1] - before[0].B[0]).max() > 0.1
 
 
-def test_a_record_does_not_outlive_its_adapter():
-    """A slot reissued to another user, or set anew, is free of the old penalty."""
-    rng = np.random.default_rng(2)
-    pool, _ = fill_pool(rng, 16, (8,), [2, 2])
-    ewc = le.EWC(pool, ewc_lambda=1e6)
-    for slot in (0, 1):
-        ewc.set(slot, np.ones((2, 16), "f4"), np.ones((8, 2), "f4"))
-    pool.remove(0)
-    A, B = rng.standard_normal((2, 16)).astype("f4"), rng.standard_normal((8, 2)).astype("f4")
-    assert pool.add(A, B, 1.0) == 0
-    pool.set(1, A, B, 1.0)
-    assert ewc.penalty() == 0.0
-    plain, _ = fill_pool(rng, 16, (8,), [2, 2])
-    for slot in (0, 1):
-        plain.set(slot, A, B, 1.0)
-    x, grad = rng.standard_normal((2, 16)).astype("f4"), rng.standard_normal((2, 8)).astype("f4")
-    ids = np.array([0, 1], np.int32)
-    pool.adapt(x, grad, ids, 0.1, ewc=ewc)
-    plain.adapt(x, grad, ids, 0.1)
-    for slot in (0, 1):
-        assert bits(pool.get(slot)[1]) == bits(plain.get(slot)[1])
-
-
 def test_what_is_refused():
     pool, _ = fill_pool(np.random.default_rng(3), 16, (8,), [2])
     other, _ = fill_pool(np.random.default_rng(3), 16, (8,), [2])
@@ -166,23 +143,3 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="theta: expected memory of its own"):
         le.ewc_step(theta, theta, np.zeros(3, "f4"), np.zeros(3, "f4"), 0.1, 1.0)
     assert ewc.penalty() == 0.0
-
-
-def test_a_record_follows_its_adapter_through_set_and_rollback():
-    rng = np.random.default_rng(4)
-    pool, before = fill_pool(rng, 16, (8,), [2], history=1)
-    ewc = le.EWC(pool, ewc_lambda=1.0)
-    A, B = before[0].A[0] + 1, before[0].B[0] + 1
-    ones = np.ones((2, 16), "f4"), np.ones((8, 2), "f4")
-    pool.set(0, A, B, 1.0)
-    ewc.set(0, *ones)  # of the second adapter
-    pool.rollback(0)
-    assert ewc.penalty() == 0.0  # the first has none
-    ewc.set(0, *ones)
-    pool.set(0, A, B, 1.0)
-    assert ewc.penalty() == 0.0
-    pool.rollback(0)
-    pool.adapt(
-        rng.standard_normal((1, 16)).astype("f4"), np.ones((1, 8), "f4"), np.zeros(1, "i4"), 0.1
-    )
-    assert ewc.penalty() > 0.0  # the record of the first came back with it

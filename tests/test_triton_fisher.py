@@ -243,6 +243,24 @@ def test_nothing_to_sum():
     assert not le.lora_fisher(*ones, 1.0)[1].any()  # h is an empty sum
 
 
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("d_in", [0, 5])
+@pytest.mark.parametrize("d_out", [0, 4])
+@pytest.mark.parametrize("r", [0, 2])
+def test_features_and_ranks_of_0(d_in, d_out, r, segmented):
+    x, grad, A, B = problem(np.random.default_rng(9), 3, d_in, d_out, r)
+    segments = indices([0, 1, 3]) if segmented else None
+    want = expected(x, grad, A, B, 0.3, None if segments is None else [0, 1, 3])
+    out = torch.full_like(A, 7.0), torch.full_like(B, 7.0)
+    le.lora_fisher(x, grad, A, B, 0.3, segments, out=out)
+    for fresh, added, ref in zip(
+        le.lora_fisher(x, grad, A, B, 0.3, segments), out, want, strict=True
+    ):
+        assert fresh.shape == ref.shape
+        assert np.allclose(host(fresh), ref, rtol=1e-5)
+        assert np.allclose(host(added), ref + 7, rtol=1e-5)
+
+
 def test_rank_256_and_odd_widths():
     x, grad, A, B = problem(np.random.default_rng(4), 3, 129, 7, 256)
     for F, ref in zip(

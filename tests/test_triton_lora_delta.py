@@ -60,6 +60,17 @@ def test_large_sizes(n, r, d_in, d_out):
     assert delta_error(y, want, magnitude(x, A, B, 0.5)) <= TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "float16"])
+def test_numbers_of_one_sign_keep_their_precision(x_dtype):
+    """No sum cancels, so what products of float32 weights lose would show."""
+    rng = np.random.default_rng(5)
+    x = on_device(rng.uniform(1, 2, (3, 300)), x_dtype)
+    A, B = on_device(rng.uniform(1, 2, (5, 300))), on_device(rng.uniform(1, 2, (40, 5)))
+    want = reference.lora_delta(f64(x), f64(A), f64(B), 0.01)
+    error = delta_error(le.lora_delta(x, A, B, 0.01), want, magnitude(x, A, B, 0.01))
+    assert error <= TOLERANCE[x_dtype] / 2
+
+
 def test_a_vector_is_one_row():
     rng = np.random.default_rng(1)
     x, A, B = (on_device(rng.standard_normal(s)) for s in ((20,), (2, 20), (7, 2)))

@@ -71,6 +71,65 @@ def test_a_stated_capacity_moves_nothing_and_holds_any_ranks():
     assert storage_of(pool).max_rank == width == 5
 
 
+def test_memory_that_is_freed_serves_other_ranks():
+    pool = le.AdapterPool(16, 8, history=1, device=DEVICE)
+    slots = [pool.add(*adapter(rank=1)) for _ in range(4)]
+    for rank in range(2, 30):
+        for slot in slots:
+            pool.set(slot, *adapter(rank=rank, seed=slot))
+    needed = 4 * 2 * 29 * (16 + 8)
+    assert storage_of(pool).arena.numel() <= 3 * needed
+    for slot in slots:
+        assert bits(pool.get(slot)[0]) == bits(adapter(rank=29, seed=slot)[0])
+        pool.remove(slot)
+    assert not storage_of(pool).arena.any()
+
+
+@pytest.mark.parametrize("change", ["add", "set", "rollback"])
+def test_no_memory_left_changes_nothing(change, monkeypatch):
+    pool = le.AdapterPool(16, 8, history=1, device=DEVICE)
+    A, B, s = adapter()
+    slot = pool.add(A, B, s)
+    pool.set(slot, *adapter(rank=1, seed=1))
+    before, free = pool.get(slot), pool._storage._storage._free
+    storage = pool._storage._storage
+    monkeypatch.setattr(storage, "_new", lambda *a: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(storage, "_free", [])
+    with pytest.raises(MemoryError):
+        if change == "rollback":
+            pool._storage._slots[slot] = pool._storage._slots[slot]._replace(
+                replaced=pool._storage._read("test", [np.ones((90, 16), "f4")],
+                                             [np.ones((8, 90), "f4")], 1.0)
+            )  # fmt: skip
+            pool.rollback(slot)
+        elif change == "set":
+            pool.set(slot, *adapter(rank=90))
+        else:
+            pool.add(*adapter(rank=90))
+    monkeypatch.undo()
+    storage._free = free
+    assert bits(pool.get(slot)[0]) == bits(before[0])
+    assert len(pool) == 1
+    other = pool.add(*adapter(rank=1, seed=5))
+    assert other == 1
+    y = pool.forward(on_device(np.ones((2, 16))), indices([slot, other]))
+    want = [
+        before[2] * before[1] @ before[0].sum(1),
+        0.5 * (adapter(1, seed=5)[1] @ adapter(1, seed=5)[0].sum(1)),
+    ]  # noqa: E501
+    assert np.allclose(f64(y), want, rtol=1e-4)
+
+
+def test_remove_works_beside_a_bad_id():
+    pool = le.AdapterPool(16, 8, device=DEVICE)
+    slot = pool.add(*adapter())
+    pool.forward(on_device(np.ones((1, 16))), indices([2**31 - 1]))
+    pool.remove(slot)
+    with pytest.raises(IndexError, match="got 2147483647"):
+        pool.add(*adapter())
+    assert pool.add(*adapter()) == slot
+
+
 def test_remove_zeroes_the_memory():
     pool = le.AdapterPool(16, 8, history=1, device=DEVICE)
     slot = pool.add(*adapter())

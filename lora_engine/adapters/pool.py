@@ -63,8 +63,10 @@ class AdapterPool:
     the pool, which has to outlive the graph. history=1 keeps the weights before the last
     change, for ``rollback``, at twice the memory.
 
-    On a GPU ids are not read by the host: a slot that is out of range or removed counts as
-    -1, and the next call that uses the pool raises IndexError.
+    On a GPU ids are not read by the host, but where autograd records ``nf4_linear``: a slot
+    that is out of range or removed counts as -1, and the next call that uses the pool raises
+    IndexError. A pool is used on one stream at a time; who uses several orders them (by
+    events), as with any tensor.
 
     Safe to use from several threads: a forward sees an adapter as it was before
     or after an adapt, never in between.

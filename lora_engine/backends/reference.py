@@ -95,9 +95,12 @@ def lora_fisher_factors(x: Any, grad: Any, out: Any) -> Any:
 
 
 class _Slot(NamedTuple):
+    """epoch: of the adapter this is a state of: add and set begin one, for the records of Ewc."""
+
     adapter: reference.Adapter
     version: int
-    previous: reference.Adapter | None
+    epoch: int
+    previous: _Slot | None
 
 
 class Pool:
@@ -121,8 +124,8 @@ class Pool:
         self.capacity, self.max_rank = capacity, max_rank
         self.history, self.seed = history, seed
         self._slots: dict[int, _Slot] = {}
-        self._issued = 0
-        self._freed: list[int] = []
+        self._issued = self._epochs = 0
+        self._freed: list[tuple[int, int]] = []  # slots, and the versions they had
 
     # ---- storage ----
 
@@ -154,23 +157,28 @@ class Pool:
             raise IndexError(f"AdapterPool: slot: expected a slot in use, got {slot}, {what}")
         return self._slots[slot]
 
-    def _change(self, slot: int, adapter: reference.Adapter) -> None:
+    def _new_epoch(self) -> int:
+        self._epochs += 1
+        return self._epochs
+
+    def _change(self, slot: int, adapter: reference.Adapter, epoch: int) -> None:
         now = self._get(slot)
-        self._slots[slot] = _Slot(adapter, now.version + 1, now.adapter if self.history else None)
+        kept = now._replace(previous=None) if self.history else None
+        self._slots[slot] = _Slot(adapter, now.version + 1, epoch, kept)
 
     def add(self, A: list[Any], B: list[Any], scaling: float) -> int:
         adapter = self._adapter(A, B, scaling)
         if self.capacity and len(self._slots) >= self.capacity:
             raise ValueError("AdapterPool.add: pool: expected room, got a pool at its capacity")
         if self._freed:
-            slot = self._freed.pop(0)
+            slot, version = self._freed.pop(0)
         else:
-            slot, self._issued = self._issued, self._issued + 1
-        self._slots[slot] = _Slot(adapter, 1, None)
+            slot, version, self._issued = self._issued, 0, self._issued + 1
+        self._slots[slot] = _Slot(adapter, version + 1, self._new_epoch(), None)
         return slot
 
     def set(self, slot: int, A: list[Any], B: list[Any], scaling: float) -> None:
-        self._change(slot, self._adapter(A, B, scaling))
+        self._change(slot, self._adapter(A, B, scaling), self._new_epoch())
 
     def get(self, slot: int) -> tuple[list[Any], list[Any], float]:
         adapter = self._get(slot).adapter
@@ -178,9 +186,8 @@ class Pool:
         return A, B, adapter.scaling
 
     def remove(self, slot: int) -> None:
-        self._get(slot)
+        self._freed.append((slot, self._get(slot).version))
         del self._slots[slot]
-        self._freed.append(slot)
 
     def ranks(self, slot: int) -> list[int]:
         return [0 if A is None else len(A) for A in self._get(slot).adapter.A]
@@ -192,7 +199,7 @@ class Pool:
         now = self._get(slot)
         if not self.history or now.previous is None:
             raise ValueError("AdapterPool.rollback: slot: expected weights before the last change")
-        self._slots[slot] = _Slot(now.previous, now.version + 1, None)
+        self._slots[slot] = now.previous._replace(version=now.version + 1)
 
     def info(self) -> tuple[int, int, int]:
         size = sum(
@@ -261,7 +268,7 @@ class Pool:
         norm = float(np.sqrt(sum((g**2).sum() for g in learning)))
         if moved is None:
             return 2, norm
-        self._change(slot, self._rounded(moved, slot, now.version))
+        self._change(slot, self._rounded(moved, slot, now.version), now.epoch)
         return 1, norm
 
     def _rounded(self, adapter: reference.Adapter, slot: int, version: int) -> reference.Adapter:
@@ -348,10 +355,11 @@ class Ewc:
         if form not in ("factor", "delta"):
             raise ValueError(f"EWC: form: expected factor or delta, got {form}")
         self.pool, self.form, self.ewc_lambda = pool, form, ewc_lambda
-        self._records: dict[int, Any] = {}
+        self._records: dict[int, tuple[Any, int]] = {}  # and the epoch each was made at
 
     def set(self, slot: int, first: list[Any], second: list[Any]) -> None:
-        adapter = self.pool._get(slot).adapter
+        now = self.pool._get(slot)
+        adapter = now.adapter
         for i, (given, factors) in enumerate(((first, adapter.A), (second, adapter.B))):
             for s, (g, f) in enumerate(zip(given, factors, strict=True)):
                 if f is None:
@@ -362,17 +370,23 @@ class Ewc:
                 if np.shape(g) != want:
                     raise ValueError(f"EWC.set: fisher: expected shape {want}, got {np.shape(g)}")
         fisher = ([_read(g) if g is not None else None for g in f] for f in (first, second))
-        self._records[slot] = (tuple(fisher), adapter)
+        self._records[slot] = (tuple(fisher), adapter), now.epoch
 
     def find(self, slot: int) -> Any:
-        return self._records.get(slot)
+        """(fisher, anchor) of the adapter that is in the slot now, or None."""
+        record, epoch = self._records.get(slot, (None, 0))
+        held = self.pool._slots.get(slot)
+        return record if held and held.epoch == epoch else None
 
     def remove(self, slot: int) -> None:
         self._records.pop(slot, None)
 
     def penalty(self) -> float:
         total = 0.0
-        for slot, ((first, second), anchor) in self._records.items():
+        for slot in self._records:
+            if (record := self.find(slot)) is None:
+                continue
+            (first, second), anchor = record
             now = self.pool._get(slot).adapter
             for s, (A, B) in enumerate(zip(now.A, now.B, strict=True)):
                 if A is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_engine.backends.reference import Step  # noqa: F401  the registry looks here for it
 from lora_engine.backends.triton_adapt import (  # noqa: F401  the registry looks here for them
     Ewc,
-    Step,
     ewc_step,
 )
 from lora_engine.backends.triton_arrays import (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from lora_engine.backends.reference import Step
 from lora_engine.backends.triton_arrays import (
     check_dtype,
     check_finite,
@@ -28,17 +29,6 @@ if TYPE_CHECKING:
     from lora_engine.backends.triton_pool import Pool
 
 
-class Step(NamedTuple):
-    """As ``_C.Step``."""
-
-    lr: float
-    max_norm: float = 0.0
-    lr_ratio: float = 1.0
-    train_A: bool = True
-    weight_decay: float = 0.0
-    ewc: Any = None
-
-
 def _single(value: float) -> np.float32:
     with np.errstate(over="ignore"):
         return np.float32(value)
@@ -57,13 +47,14 @@ def _checked(op: str, pool: Pool, step: Step) -> steps.Step:
         check_finite(op, name, float(value))
         if value < 0:
             raise refuse(ValueError, op, name, "a number from 0", value)
-    if step.ewc is not None and step.ewc.pool is not pool:
+    ewc: Any = step.ewc
+    if ewc is not None and ewc.pool is not pool:
         raise refuse(ValueError, op, "ewc", "one made for this pool", "one of another")
     one = np.float32(1)
     return steps.Step(
         lr_A=float(lr), lr_B=float(lr_B), decay_A=float(one - lr * decay),
         decay_B=float(one - lr_B * decay), max_norm=float(step.max_norm), train_A=step.train_A,
-        seed=pool.seed, records=None if step.ewc is None else step.ewc.records(),
+        seed=pool.seed, records=None if ewc is None else ewc.records(),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lora_engine.backends import triton_adapt as adapting
+from lora_engine.backends.reference import Step
 from lora_engine.backends.triton_arrays import (
     DTYPES,
     check_finite,
@@ -51,8 +52,7 @@ class Weights(NamedTuple):
 class _Slot(NamedTuple):
     """What the host knows of a slot in use. replaced: what ``set`` put aside, with history."""
 
-    block: int
-    previous: int | None
+    blocks: list[int]  # of the arena: the weights, and with history those before an adapt
     size: int
     ranks: tuple[int, ...]
     epoch: int
@@ -109,6 +109,7 @@ class Pool:
         self._slots: dict[int, _Slot] = {}
         self._freed: list[int] = []
         self._issued = self._epochs = 0
+        self._names = torch.empty(0, dtype=torch.int32, device=device)
         self._storage = Storage(in_features, self.outs, dtype, capacity, max_rank, history, device)
 
     @property
@@ -159,39 +160,51 @@ class Pool:
         pad = torch.nn.functional.pad
         return torch.cat([pad(p, (0, -p.numel() % ALIGNED)) for p in parts])
 
-    def _place(self, slot: int, weights: Weights, replaced: Weights | None) -> None:
-        """Writes an adapter to a slot whose earlier blocks were given back."""
+    def _place(
+        self, slot: int, blocks: list[int], weights: Weights, replaced: Weights | None
+    ) -> None:
+        """Writes an adapter and what kernels read of it, into blocks that are the slot's."""
         storage = self._storage
-        size = storage.fixed or weights.flat.numel()
-        block = storage.take(size)
-        previous = storage.take(size) if self.history else None
+        size, used = self._size(weights), weights.flat.numel()
         storage.widen(weights.ranks)
         a = self.adapters
-        a.arena[block : block + weights.flat.numel()] = weights.flat
+        a.arena[blocks[0] : blocks[0] + used] = weights.flat
+        a.arena[blocks[0] + used : blocks[0] + size] = 0
         epoch = weights.epoch
         if not epoch:
             self._epochs += 1
             epoch = self._epochs
         starts = storage.starts(weights.ranks)[:-1]
         begin = torch.tensor(starts, dtype=torch.int64, device=self.device)
-        a.offsets[slot] = begin + block
-        if previous is not None:
-            a.previous[slot] = begin + previous
+        a.offsets[slot] = begin + blocks[0]
+        if self.history:
+            a.previous[slot] = begin + blocks[1]
         a.ranks[slot] = torch.tensor(weights.ranks, dtype=torch.int32, device=self.device)
         a.scalings[slot] = weights.scaling
         a.epochs[slot] = epoch
         a.kept[slot] = 0
         a.versions[slot] += 1
-        self._slots[slot] = _Slot(block, previous, size, weights.ranks, epoch, replaced)
+        self._slots[slot] = _Slot(blocks, size, weights.ranks, epoch, replaced)
 
-    def _release(self, slot: int) -> None:
-        held = self._slots.pop(slot)
-        self._storage.give(held.block, held.size)
-        self._storage.give(held.previous, held.size)
+    def _size(self, weights: Weights) -> int:
+        """Of an adapter's blocks."""
+        return self._storage.fixed or weights.flat.numel()
+
+    def _replace(self, slot: int, weights: Weights, replaced: Weights | None) -> None:
+        """Another adapter in a slot: in its blocks, or in new ones before these are freed."""
+        held = self._slots[slot]
+        if self._size(weights) == held.size:
+            self._place(slot, held.blocks, weights, replaced)
+        else:
+            self._place(slot, self._storage.take(self._size(weights)), weights, replaced)
+            self._storage.give(held.blocks, held.size)
 
     def slot(self, op: str, slot: int) -> _Slot:
         """What the host knows of a slot in use, or IndexError."""
         self.raise_bad_id()
+        return self._known(op, slot)
+
+    def _known(self, op: str, slot: int) -> _Slot:
         held = self._slots.get(slot)
         if held is None:
             removed = 0 <= slot < self._issued
@@ -221,12 +234,15 @@ class Pool:
                 raise refuse(ValueError, op, "pool", "room for an adapter", got)
             storage = self._storage
             storage.check_room(op, self._issued + (not self._freed), weights.ranks, None)
-            if self._freed:
-                slot = self._freed.pop(0)
-            else:
+            if not self._freed:
                 storage.grow_tables(self._issued)
-                slot, self._issued = self._issued, self._issued + 1
-            self._place(slot, weights, None)
+            blocks = storage.take(self._size(weights))
+            slot = self._freed[0] if self._freed else self._issued
+            self._place(slot, blocks, weights, None)
+            if self._freed:
+                del self._freed[0]
+            else:
+                self._issued += 1
             return slot
 
     def set(self, slot: int, A: list[Any], B: list[Any], scaling: float) -> None:
@@ -236,9 +252,8 @@ class Pool:
             held = self.slot(op, slot)
             weights = self._read(op, A, B, scaling)
             self._storage.check_room(op, self._issued, weights.ranks, held.size)
-            replaced = self._weights(slot, held.block, held.ranks) if self.history else None
-            self._release(slot)
-            self._place(slot, weights, replaced)
+            replaced = self._weights(slot, held.blocks[0], held.ranks) if self.history else None
+            self._replace(slot, weights, replaced)
 
     def rollback(self, slot: int) -> None:
         op = "AdapterPool.rollback"
@@ -248,28 +263,28 @@ class Pool:
             if not self.history:
                 raise refuse(ValueError, op, "pool", "history=1", "a pool made with history=0")
             weights = held.replaced
-            if held.previous is not None and bool(self.adapters.kept[slot]):
-                weights = self._weights(slot, held.previous, held.ranks)
+            if bool(self.adapters.kept[slot]):
+                weights = self._weights(slot, held.blocks[1], held.ranks)
             if weights is None:
                 got = f"none kept for slot {slot}"
                 raise refuse(ValueError, op, "slot", "weights before the last change", got)
             self._storage.check_room(op, self._issued, weights.ranks, held.size)
-            self._release(slot)
-            self._place(slot, weights, None)
+            self._replace(slot, weights, None)
 
     def remove(self, slot: int) -> None:
         op = "AdapterPool.remove"
         with self.lock:
             self._check_uncaptured(op)
-            self.slot(op, slot)
+            held = self._known(op, slot)
             self.adapters.ranks[slot] = -1
-            self._release(slot)
+            self._storage.give(held.blocks, held.size)
+            del self._slots[slot]
             self._freed.append(slot)
 
     def get(self, slot: int) -> tuple[list[Any], list[Any], float]:
         with self.lock:
             held = self.slot("AdapterPool.get", slot)
-            weights = self._weights(slot, held.block, held.ranks)
+            weights = self._weights(slot, held.blocks[0], held.ranks)
         values, at = weights.flat.float().cpu().numpy(), 0
         A: list[Any] = []
         B: list[Any] = []
@@ -298,7 +313,7 @@ class Pool:
         """Raises IndexError for a bad id that a kernel met in an earlier call."""
         flag = self.adapters.flag
         if flag[0]:
-            got = int(flag[1])
+            got = int(flag[0]) >> 1
             flag.zero_()
             raise refuse(
                 IndexError, "AdapterPool", "ids", "-1 or slots in use in the calls before",
@@ -331,8 +346,11 @@ class Pool:
             return to.result
 
     def _all_of(self, slot: int, n: int) -> torch.Tensor:
-        """ids that name one slot n times."""
-        return torch.full((1,), slot, dtype=torch.int32, device=self.device).expand(n)
+        """ids that name one slot n times, without a copy of each."""
+        if slot >= self._names.numel():
+            names = torch.arange(self.adapters.ranks.shape[0], dtype=torch.int32)
+            self._names = names.to(self.device)
+        return self._names[slot].expand(n)
 
     def forward_slot(
         self, x: Any, slot: int, out: Any, accumulate: bool, transposed: bool, width: int
@@ -341,10 +359,10 @@ class Pool:
         n = x.shape[0] if getattr(x, "ndim", 1) == 2 else 1
         return self.forward(x, self._all_of(slot, n), None, out, accumulate, transposed)
 
-    def adapt(self, x: Any, grad: Any, ids: Any, weights: Any, step: adapting.Step) -> Any:
+    def adapt(self, x: Any, grad: Any, ids: Any, weights: Any, step: Step) -> Any:
         return adapting.adapt(self, x, grad, ids, weights, step)
 
-    def adapt_slot(self, x: Any, grad: Any, slot: int, step: adapting.Step) -> tuple[int, float]:
+    def adapt_slot(self, x: Any, grad: Any, slot: int, step: Step) -> tuple[int, float]:
         return adapting.adapt_slot(self, x, grad, slot, step)
 
     def gradient_size(self, slot: int) -> int:
@@ -353,9 +371,7 @@ class Pool:
     def gradient(self, x: Any, grad: Any, slot: int, h: Any, gradient: Any) -> tuple[int, float]:
         return adapting.gradient(self, x, grad, slot, h, gradient)
 
-    def apply(
-        self, gradient: Any, slot: int, scale: float, step: adapting.Step
-    ) -> tuple[int, float]:
+    def apply(self, gradient: Any, slot: int, scale: float, step: Step) -> tuple[int, float]:
         return adapting.apply(self, gradient, slot, scale, step)
 
     def shrink(self, x: Any, slot: int) -> Any:

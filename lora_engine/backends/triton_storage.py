@@ -37,7 +37,7 @@ class Storage:
         self.places = 1 + history  # blocks of a slot
         self.captured = False  # whether a graph holds what ``adapters`` names
         self._end = 0
-        self._free: dict[int, list[int]] = {}  # blocks, by size
+        self._free: list[tuple[int, int]] = []  # (begin, end), ascending, with gaps between
         fixed = self.block_size((max_rank,) * len(outs)) if capacity and max_rank else 0
         self.fixed = fixed  # the size of every block, 0 where it is as large as its adapter
         self._max_rank = max_rank if fixed else 0
@@ -53,7 +53,7 @@ class Storage:
         shape = (slots, len(self.outs))
         firsts = np.cumsum([0, *self.outs])
         # Pinned: kernels write it, also in a graph's replay, and the host reads it without a wait.
-        flag = torch.zeros(2, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        flag = torch.zeros(1, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         history = self.places > 1
         return Adapters(
             arena=arena,
@@ -89,7 +89,9 @@ class Storage:
         if not self.captured:
             return
         a, size = self.adapters, self.fixed or self.block_size(ranks)
-        there = len(self._free.get(size, ())) + (self.places if size == freed else 0)
+        there = self.places if size == freed else 0
+        if size:
+            there += sum((end - begin) // size for begin, end in self._free)
         end = self._end + max(self.places - there, 0) * size
         needs = [
             f"{name} {need} (has {has})"
@@ -109,24 +111,42 @@ class Storage:
             got = f"AdapterPool({sizes}), which needs {', '.join(needs)}"
             raise refuse(RuntimeError, op, "pool", want, got)
 
-    def take(self, size: int) -> int:
-        """A block of that size; grows the arena where it is full."""
-        free = self._free.get(size)
-        if free:
-            return free.pop()
-        begin, self._end = self._end, self._end + size
+    def take(self, size: int) -> list[int]:
+        """Blocks of that size for a slot; grows the arena where it is full, or changes nothing."""
+        free, end, blocks = list(self._free), self._end, []
+        for _ in range(self.places):
+            fits = [i for i, (b, e) in enumerate(free) if e - b >= size > 0]
+            if fits:
+                i = min(fits, key=lambda i: free[i][1] - free[i][0])
+                blocks.append(free[i][0])
+                free[i] = free[i][0] + size, free[i][1]
+                if free[i][0] == free[i][1]:
+                    del free[i]
+            else:
+                blocks.append(end)
+                end += size
         arena = self.adapters.arena
-        if self._end > arena.numel():
-            larger = self._new((max(2 * arena.numel(), self._end),), arena.dtype)
+        if end > arena.numel():
+            larger = self._new((max(2 * arena.numel(), end),), arena.dtype)
             larger[: arena.numel()] = arena
             self.adapters = self.adapters._replace(arena=larger)
-        return begin
+        self._free, self._end = free, end
+        return blocks
 
-    def give(self, block: int | None, size: int) -> None:
-        """Zeroes a block and frees it."""
-        if block is not None and size:
-            self.adapters.arena[block : block + size] = 0
-            self._free.setdefault(size, []).append(block)
+    def give(self, blocks: Sequence[int], size: int) -> None:
+        """Zeroes blocks and frees them, one with what is free beside them."""
+        if not size:
+            return
+        for begin in blocks:
+            self.adapters.arena[begin : begin + size] = 0
+        spans = sorted([*self._free, *((b, b + size) for b in blocks)])
+        self._free = []
+        for begin, end in spans:
+            if self._free and self._free[-1][1] == begin:
+                begin = self._free.pop()[0]
+            self._free.append((begin, end))
+        if self._free and self._free[-1][1] == self._end:
+            self._end = self._free.pop()[0]
 
     def widen(self, ranks: tuple[int, ...]) -> None:
         """Makes room in working memory for an adapter of these ranks."""
