@@ -1,6 +1,7 @@
 # make demo    per-user adapters that learn while they serve, on handwritten digits
 # make test    the proof: style, types, tests
 # make bench   latencies against peers, pytest-benchmark
+# make gpu     on a machine with a CUDA GPU: op tests there, times, one JSON; no network, no .venv
 # make full    the tests again, with far more drawn cases
 # Each makes or reuses .venv; nothing but Python >= 3.10, pip and a C++17 compiler is needed.
 
@@ -13,7 +14,7 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint bench full lanes emulate format clean
+.PHONY: demo test lint bench gpu full lanes emulate format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora-engine demo
@@ -30,6 +31,10 @@ lint: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench
 	$(BIN)/python -m bench.table
+
+# With the Python that has torch and Triton; bench/README.md says what else it needs.
+gpu:
+	$(PYTHON) -m bench.gpu
 
 full: lint lanes
 	LORA_ENGINE_TEST_PROFILE=full $(BIN)/python -m pytest

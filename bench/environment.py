@@ -39,11 +39,16 @@ def _cpuinfo(field: str) -> str:
 
 def _git(*args: str) -> str:
     folder = Path(__file__).parent
-    run = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=False)
+    try:
+        run = subprocess.run(
+            ["git", *args], cwd=folder, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
     return run.stdout.strip()
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -90,5 +95,5 @@ def describe() -> dict[str, Any]:
         "isa": isa(),
         "extension": extension(),
         "threads": le.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
     }

@@ -59,8 +59,9 @@ class AdapterPool:
     device: where the weights are, "cpu" or "cuda" ("cuda:1", ...), with x, ids and outputs
     beside them; None: the CPU, or what LORA_ENGINE_BACKEND=triton computes on.
     capacity, max_rank: limits, default none; on a GPU both together fix the storage, which
-    else doubles when it is full. history=1 keeps the weights before the last change, for
-    ``rollback``, at twice the memory.
+    else doubles when it is full, but raises RuntimeError once a CUDA graph was captured with
+    the pool, which has to outlive the graph. history=1 keeps the weights before the last
+    change, for ``rollback``, at twice the memory.
 
     On a GPU ids are not read by the host, but where autograd records ``nf4_linear``: a slot
     that is out of range or removed counts as -1, and the next call that uses the pool raises

@@ -1,0 +1,148 @@
+"""Runs the op tests on the device, in several processes, and says which files are green."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import gpu_build
+
+TESTS = gpu_build.ROOT / "tests"
+# Of the interpreter or of no device: nothing of them says whether an op is right on a GPU.
+EXCLUDED = {"test_triton_compile", "test_triton_launch"}
+GREEN, RED, UNFINISHED, NOT_RUN = "green", "red", "unfinished", "not run"
+_LINE = re.compile(r"^(?:tests/)?(test_\w+)\.py::(\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
+_REASON = re.compile(r"^(?:FAILED|ERROR) (?:tests/)?(test_\w+)\.py(?:::\S+)?(?: - (.*))?$")
+
+
+def files() -> list[str]:
+    return sorted(p.stem for p in TESTS.glob("test_triton_*.py") if p.stem not in EXCLUDED)
+
+
+def collect(names: Iterable[str]) -> tuple[list[str], str]:
+    """Ids of the tests, and why there are none."""
+    command = (
+        sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
+        *(f"{name}.py" for name in names),
+    )  # fmt: skip
+    done = subprocess.run(
+        command, cwd=TESTS, env=gpu_build.environment(), capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
+    ids = [line.removeprefix("tests/") for line in lines if "::" in line and ".py" in line]
+    if done.returncode or not ids:
+        said = [line for line in (*lines, *done.stderr.splitlines()) if line.strip()]
+        return [], " / ".join(said[-3:])
+    return ids, ""
+
+
+def shards(ids: Sequence[str], count: int) -> list[list[str]]:
+    """About ``count`` parts, each of one file: a kernel that breaks the device for its process
+    fails no test of another op. Within a file they are dealt out in turn, as neighbours take
+    alike."""
+    by_file: dict[str, list[str]] = {}
+    for test in ids:
+        by_file.setdefault(file_of(test), []).append(test)
+    parts = []
+    for own in by_file.values():
+        share = max(1, round(count * len(own) / len(ids)))
+        parts += [own[i::share] for i in range(share)]
+    return parts
+
+
+def file_of(test: str) -> str:
+    return test.split("::")[0].removesuffix(".py").split("/")[-1]
+
+
+def summarise(
+    ids: Iterable[str], output: str, crashed: Iterable[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """By file: status, counts and what failed, from what pytest -v printed.
+
+    crashed: files of processes that ended by themselves before their tests did.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for test in ids:
+        counts = {"tests": 0, "passed": 0, "failed": 0, "skipped": 0, "failures": []}
+        found.setdefault(file_of(test), counts)["tests"] += 1
+    kinds = {"PASSED": "passed", "XFAIL": "passed", "SKIPPED": "skipped"}
+    for line in output.splitlines():
+        if match := _LINE.match(line):
+            name, test, outcome = match.groups()
+            kind = kinds.get(outcome, "failed")
+            found[name][kind] += 1
+            if kind == "failed":
+                found[name]["failures"].append(test)
+        elif (match := _REASON.match(line)) and match[2]:
+            found[match[1]].setdefault("reasons", []).append(match[2][:300])
+    for name in crashed:
+        found[name]["failed"] += 1
+        found[name]["failures"].append("the process ended before its tests did")
+    for counts in found.values():
+        counts["status"] = _status(counts)
+    return found
+
+
+def _status(counts: dict[str, Any]) -> str:
+    if counts["failed"]:
+        return RED
+    if counts["passed"] + counts["skipped"] < counts["tests"]:
+        return UNFINISHED
+    return GREEN if counts["passed"] else NOT_RUN
+
+
+def run(
+    folder: Path, processes: int, seconds: float, progress: Callable[[str], None]
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Status by file, and why nothing was run. Stops the processes it started when the
+    seconds are over, and on an exception."""
+    ids, why = collect(files())
+    if why:
+        return {}, why
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = shards(ids, processes)
+    logs = [folder / f"tests-{i}.log" for i in range(len(parts))]
+    running: list[subprocess.Popen[bytes]] = []
+    until = time.monotonic() + seconds
+    try:
+        for part, log in zip(parts, logs, strict=True):
+            running.append(_start(part, log))
+        while any(p.poll() is None for p in running) and time.monotonic() < until:
+            time.sleep(1.0)
+            progress(f"tests: {_counted(logs)} of {len(ids)}")
+        crashed = {
+            file_of(part[0])
+            for part, p in zip(parts, running, strict=True)
+            if p.poll() not in (None, 0, 1)  # running; as pytest ends: all passed, some failed
+        }
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    return summarise(ids, "\n".join(_read(log) for log in logs), crashed), ""
+
+
+def _start(part: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    # What libraries warn of on that machine says nothing about an op.
+    command = (
+        sys.executable, "-u", "-m", "pytest", "-v", "--tb=short", "--color=no", "-p",
+        "no:cacheprovider", "-W", "default", *part,
+    )  # fmt: skip
+    with open(log, "wb") as file:
+        return subprocess.Popen(
+            command, cwd=TESTS, env=gpu_build.environment(), stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def _read(log: Path) -> str:
+    return log.read_text(errors="replace")
+
+
+def _counted(logs: Iterable[Path]) -> int:
+    return sum(bool(_LINE.match(line)) for log in logs for line in _read(log).splitlines())
