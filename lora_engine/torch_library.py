@@ -74,10 +74,24 @@ def define(
         with torch._C._AutoDispatchBelowAutograd():
             return call(*args)
 
+    def shaped(*args: Any) -> Any:
+        tensors = [(a.name, t) for a, t in zip(call._schema.arguments, args, strict=False)
+                   if isinstance(t, Tensor)]  # fmt: skip
+        beside(name, tensors[0][1], **dict(tensors))
+        return fake(*args)
+
     for device in ("CPU", "CUDA"):
         _library.impl(name, compute, device)  # type: ignore[no-untyped-call]
         _library.impl(name, under_autograd, "Autograd" + device)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"lora_engine::{name}", fake, lib=_library)
+    torch.library.register_fake(f"lora_engine::{name}", shaped, lib=_library)
+
+
+def beside(op: str, like: Tensor, /, **others: Tensor | None) -> None:
+    """Refuses tensors on another device than the first."""
+    for name, other in others.items():
+        if other is not None and other.device != like.device:
+            want = f"a tensor on {like.device}, beside the first"
+            raise ValueError(f"{op}: {name}: expected {want}, got {other.device}")
 
 
 def written(tensor: Tensor) -> None:

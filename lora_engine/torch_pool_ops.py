@@ -14,7 +14,7 @@ from lora_engine import handles, ops
 from lora_engine.adapters.pool import AdapterPool
 from lora_engine.backends import backend_of
 from lora_engine.quant.nf4 import NF4Tensor
-from lora_engine.torch_library import Tensor, define, defined, wide, written
+from lora_engine.torch_library import Tensor, beside, define, defined, wide, written
 
 # ---- what arguments stand for ----
 
@@ -33,19 +33,8 @@ def _checked(op: str, handle: int, version: Tensor, x: Tensor) -> AdapterPool:
             f"{op}: version: expected the pool's version_tensor, int64 [1],"
             f" got {dtype} {list(version.shape)}"
         )
-    if version.device != x.device:
-        raise ValueError(
-            f"{op}: version: expected a tensor on {x.device}, where x is, got {version.device}"
-        )
+    beside(op, x, version=version)
     return pool
-
-
-def _beside(op: str, x: Tensor, **others: Tensor | None) -> None:
-    for name, other in others.items():
-        if other is not None and other.device != x.device:
-            raise ValueError(
-                f"{op}: {name}: expected a tensor on {x.device}, where x is, got {other.device}"
-            )
 
 
 # ---- deltas of a pool ----
@@ -85,7 +74,7 @@ def _batched(
     x: Tensor, pool: int, version: Tensor, ids: Tensor, weights: Tensor | None = None
 ) -> Any:
     storage = _checked("batched_lora_delta", pool, version, x)._storage
-    _beside("batched_lora_delta", x, ids=ids, weights=weights)
+    beside("batched_lora_delta", x, ids=ids, weights=weights)
     return storage.forward(x, ids, weights, None, False)
 
 
@@ -96,7 +85,7 @@ def _batched_fake(x: Tensor, pool: int, version: Tensor, ids: Tensor, weights: A
 def _batched_recorded(
     x: Tensor, pool: int, version: Tensor, ids: Tensor, weights: Tensor | None = None
 ) -> Any:
-    _beside("batched_lora_delta", x, ids=ids)
+    beside("batched_lora_delta", x, ids=ids)
     then = _versions_now(_checked("batched_lora_delta", pool, version, x), ids)
     return _batched(x, pool, version, ids, weights), then
 
@@ -165,7 +154,7 @@ def _batched_into(
     y: Tensor, x: Tensor, pool: int, version: Tensor, ids: Tensor, weights: Any = None
 ) -> None:
     storage = _checked("batched_lora_delta_", pool, version, x)._storage
-    _beside("batched_lora_delta_", x, y=y, ids=ids, weights=weights)
+    beside("batched_lora_delta_", x, y=y, ids=ids, weights=weights)
     storage.forward(x, ids, weights, y, True)
     written(y)
 
@@ -196,7 +185,7 @@ def _batched_adapt(
 ) -> Tensor:
     op = "batched_adapt"
     found = _checked(op, pool, version, x)
-    _beside(op, x, grad=grad, ids=ids, weights=weights)
+    beside(op, x, grad=grad, ids=ids, weights=weights)
     step = ops.make_step(found._backend, lr, max_norm, lr_ratio, train_A, weight_decay)
     outcomes = found._storage.adapt(x, grad, ids, weights, step)
     version.add_(1)
@@ -238,7 +227,7 @@ def _of_nf4(x: Tensor, pool: int, version: Any, ids: Any, weights: Any = None) -
         return None
     if version is None or ids is None:
         raise ValueError(f"{op}: version, ids: expected both with a pool, got none")
-    _beside(op, x, ids=ids, weights=weights)
+    beside(op, x, ids=ids, weights=weights)
     return _checked(op, pool, version, x)
 
 
