@@ -281,11 +281,10 @@ Array as_optional_array(nb::handle object, const char *op, const char *arg) {
 nb::object new_output(nb::handle like, const Array &like_view, int64_t width) {
   bool vector = like_view.view.ndim == 1;
   if (like_view.torch) {
-    nb::object shape = vector ? nb::make_tuple(width) : nb::make_tuple(like_view.rows(), width);
-    nb::object made =
-        nb::steal(PyObject_CallMethodOneArg(like.ptr(), torch().new_empty, shape.ptr()));
-    if (!made.is_valid()) throw nb::python_error();
-    return made;
+    // Sizes one by one: torch takes 0.6 us more to read them from a tuple.
+    nb::object n = nb::int_(like_view.rows()), m = nb::int_(width);
+    PyObject *sized[] = {like.ptr(), vector ? m.ptr() : n.ptr(), m.ptr()};
+    return checked(PyObject_VectorcallMethod(torch().new_empty, sized, vector ? 2 : 3, nullptr));
   }
   npy_intp dims[2] = {like_view.rows(), width};
   int type = like_view.view.dtype == LE_FLOAT16 ? NPY_FLOAT16 : NPY_FLOAT32;

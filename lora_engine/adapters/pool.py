@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_engine import ops
+from lora_engine import handles, ops
 from lora_engine.adapters.pending import PendingGradient
 from lora_engine.backends import chosen
 
@@ -111,6 +111,8 @@ class AdapterPool:
             seed,
             *where,
         )
+        self._handle: int | None = None
+        self._version_tensor: Any = None
         self._pending: dict[int, PendingGradient] = {}
         # Of _pending, and held while a slot changes hands: a gradient that waits is
         # applied to the adapter that it is of, or to none.
@@ -135,6 +137,49 @@ class AdapterPool:
             )
         return int(self._storage.info()[2]) + waiting
 
+    # ---- for torch.ops.lora_engine ----
+
+    @property
+    def handle(self) -> int:
+        """The number that stands for this pool in ``torch.ops.lora_engine``, while it lives.
+
+        Made at first use, which imports torch and defines the ops: read it, or
+        ``version_tensor``, once before torch.compile traces what uses them.
+        """
+        if self._handle is None:
+            self._name()
+        return self._handle  # type: ignore[return-value]
+
+    @property
+    def version_tensor(self) -> Any:
+        """An int64 tensor [1] beside the weights that grows with each change of the pool; what
+        the ops take it for is order: to a compiler, ``batched_adapt`` writes what a forward
+        reads."""
+        if self._version_tensor is None:
+            self._name()
+        return self._version_tensor
+
+    def _name(self) -> None:
+        import torch
+
+        from lora_engine import torch_ops  # noqa: F401  defines the ops
+
+        if torch.compiler.is_compiling():
+            raise RuntimeError("AdapterPool.handle: expected to be read once before it is traced")
+        with self._pending_lock:
+            if self._handle is None:
+                device = getattr(self._storage, "device", "cpu")
+                with torch.inference_mode(False):
+                    self._version_tensor = torch.zeros(1, dtype=torch.int64, device=device)
+                self._handle = handles.issue(self, (self.in_features, self.out_features))
+
+    def changed(self) -> None:
+        """Says to the ops of torch that an adapter changed."""
+        if self._version_tensor is not None:
+            self._version_tensor.add_(1)
+
+    # ---- adapters in and out ----
+
     def _slices_of(self, matrix: Any) -> list[Any]:
         return list(matrix) if self._sliced else [matrix]
 
@@ -146,7 +191,9 @@ class AdapterPool:
         shape does not fit or the pool is at its capacity.
         """
         s = _number("add", scaling)
-        return int(self._storage.add(self._slices_of(A), self._slices_of(B), s))
+        slot = int(self._storage.add(self._slices_of(A), self._slices_of(B), s))
+        self.changed()
+        return slot
 
     def set(self, slot: int, A: Any, B: Any, scaling: float) -> None:
         """Replaces a slot's adapter, of any rank, in one step for those who read it."""
@@ -154,6 +201,7 @@ class AdapterPool:
         with self._pending_lock:
             self._storage.set(slot, self._slices_of(A), self._slices_of(B), s)
             self._pending.pop(slot, None)
+        self.changed()
 
     def get(self, slot: int) -> tuple[Any, Any, float]:
         """Copies of (A, B, scaling), as NumPy float32; lists of A and B with several slices."""
@@ -165,6 +213,7 @@ class AdapterPool:
         with self._pending_lock:
             self._storage.remove(slot)
             self._pending.pop(slot, None)
+        self.changed()
 
     def ranks(self, slot: int) -> tuple[int, ...]:
         """The rank of each slice, 0 for a missing one."""
@@ -179,6 +228,7 @@ class AdapterPool:
         with self._pending_lock:
             self._storage.rollback(slot)
             self._pending.pop(slot, None)
+        self.changed()
 
     def forward(
         self, x: Any, ids: Any, weights: Any = None, out: Any = None, accumulate: bool = True
@@ -273,6 +323,7 @@ class AdapterPool:
                 left_out = f"{refused} gradients with NaN or Inf were left out" if refused else ""
                 notes[slot] = ops.NOTES[outcome] if outcome == ops.NOT_FINITE else left_out
             self._pending.clear()
+        self.changed()
         return notes
 
     def clear_updates(self) -> None:

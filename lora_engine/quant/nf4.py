@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_engine import handles
 from lora_engine.backends import backend_of, chosen
 from lora_engine.quant import checkpoint
 from lora_engine.quant.checkpoint import Parts, State
@@ -38,11 +39,12 @@ class NF4Tensor:
     or ``load``; immutable. Any sizes from 1 x 1 on; an empty matrix is refused.
     """
 
-    __slots__ = ("_parts", "_state", "_storages", "_torch")
+    __slots__ = ("__weakref__", "_handle", "_parts", "_state", "_storages", "_torch")
 
     def __init__(self, parts: Parts, state: State, torch: bool) -> None:
         self._parts, self._state, self._torch = parts, state, torch
         self._storages: dict[Any, Any] = {}
+        self._handle: int | None = None
         self.storage(chosen())  # refuses what does not fit
 
     def storage(self, backend: Any) -> Any:
@@ -185,6 +187,19 @@ class NF4Tensor:
     def __deepcopy__(self, memo: Any) -> NF4Tensor:
         """Itself: it never changes."""
         return self
+
+    @property
+    def handle(self) -> int:
+        """The number that stands for this matrix in ``torch.ops.lora_engine``, while it lives.
+
+        Made at first use, which imports torch and defines the ops: read it once before
+        torch.compile traces what uses it.
+        """
+        if self._handle is None:
+            from lora_engine import torch_ops  # noqa: F401  defines the ops
+
+            self._handle = handles.issue(self, self.shape)
+        return self._handle
 
     @property
     def shape(self) -> tuple[int, int]:
