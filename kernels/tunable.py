@@ -7,7 +7,6 @@ number of rows. The key holds everything else that decides what is best.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -101,7 +100,7 @@ class Tunable:
             choice = type(default)(**made)
             if choice in allowed:
                 return choice
-        warnings.warn(f"{path}: {key}: not used: {str(entry)[:200]} is no choice", stacklevel=2)
+        tuned.refuse(path, f"{key}: {str(entry)[:200]} is no choice")
         return default
 
     @contextmanager

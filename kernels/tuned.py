@@ -79,6 +79,16 @@ def check(content: dict[str, Any], device: dict[str, Any], of: dict[str, str]) -
             raise Refused(f"it was made with {name} {got}, here is {json.dumps(here)}")
 
 
+_REFUSED: set[Path] = set()
+
+
+def refuse(path: Path, why: str) -> None:
+    """Warns of a file, or of a choice in it, once a file."""
+    if path not in _REFUSED:
+        _REFUSED.add(path)
+        warnings.warn(f"{path}: not used: {why}; run `lora-engine tune`", stacklevel=2)
+
+
 @cache
 def _choices(path: Path, device: tuple[Any, ...], of: tuple[Any, ...]) -> dict[str, Any]:
     try:
@@ -87,7 +97,7 @@ def _choices(path: Path, device: tuple[Any, ...], of: tuple[Any, ...]) -> dict[s
     except FileNotFoundError:
         return {}
     except Refused as why:
-        warnings.warn(f"{path}: not used: {why}; run `lora-engine tune`", stacklevel=2)
+        refuse(path, str(why))
         return {}
     found: dict[str, Any] = content["choices"]
     return found
@@ -106,3 +116,4 @@ def choice(key: str, device: dict[str, Any], of: dict[str, str]) -> tuple[dict[s
 def forget() -> None:
     """Files are read anew at the next look-up."""
     _choices.cache_clear()
+    _REFUSED.clear()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,4 +42,4 @@ def apply() -> None:
     if len(entry) == 2 and size in BYTES_PER_THREAD and rows in TILE_ROWS:
         _C.set_tuning(int(size), int(rows))
         return
-    warnings.warn(f"{path}: {KEY}: not used: {str(entry)[:200]} is no choice", stacklevel=2)
+    tuned.refuse(path, f"{KEY}: {str(entry)[:200]} is no choice")
