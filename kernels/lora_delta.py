@@ -14,6 +14,7 @@ expected 25 us.
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ COLUMNS = 128  # of an expand
 SHRINK = Config(4, 3, registers=224)
 
 
+@cache
 def spans(features: int) -> tuple[int, int]:
     """(splits, features in each) of the sum over features: a function of the shape alone."""
     splits = min(max(features // 512, 1), 16)

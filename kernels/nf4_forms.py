@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ class Choice(NamedTuple):
     warps: int
     stages: int
 
+    @lru_cache(maxsize=256)  # noqa: B019  of numbers, which go into few forms
     def form(self, like: Form) -> Form:
         config = like.config._replace(num_warps=self.warps, num_stages=self.stages)
         return like._replace(block_c=self.block_c, block_m=self.block_m, config=config)
@@ -108,6 +110,7 @@ TILING = Tunable(
 )
 
 
+@lru_cache(maxsize=4096)
 def splits_of(form: Form, n: int, features: int, length: int, processors: int) -> tuple[int, int]:
     """(splits, length of each) of a sum over that length."""
     tiles = cdiv(features, form.block_c) * cdiv(n, form.block_m)
