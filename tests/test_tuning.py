@@ -439,6 +439,39 @@ def test_every_candidate_is_right_and_has_the_heuristics_bits(tmp_path, dtype, r
 
 @interpreted
 @pytest.mark.usefixtures("triton_backend")
+def test_what_was_tuned_is_what_the_ops_look_up(monkeypatch, tmp_path):
+    from lora_engine.kernels import tunable
+    from lora_engine.tuning import gpu
+
+    monkeypatch.setenv("LORA_ENGINE_TUNED", str(tmp_path))
+    monkeypatch.setattr(gpu.Trial, "problem", lambda self, choice: "")
+    times = (2.0**-i for i in range(1000))
+    jobs = list(gpu.jobs([Shape(32, 70)], [3], [2], ["float16"], timer=lambda call, c: next(times)))
+    device = tunable.identity(None)
+    held = search.Record(tmp_path / tuned.file_name(device), device, tunable.versions())
+    search.run(jobs, held, lambda job, new: None)
+    tuned.forget()
+    for job in jobs:
+        trial = job.make()
+        op = type(trial).tunable
+        op.forget()
+        found = []
+
+        def tell(*case: Any, op: Any = op, found: list[Any] = found) -> Any:
+            found.append(op._looked_up(*case))
+            return found[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(op, "_measured", tell)
+            trial.call(0)
+        op.forget()
+        assert found
+        assert all(choice._asdict() == job.candidates[-1] for choice in found)
+    tuned.forget()
+
+
+@interpreted
+@pytest.mark.usefixtures("triton_backend")
 def test_a_kernel_that_is_wrong_or_of_other_bits_is_found(monkeypatch, tmp_path):
     from lora_engine.tuning import gpu
 

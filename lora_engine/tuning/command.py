@@ -90,10 +90,15 @@ def _no_gpu() -> str:
 
 
 def _tune_cpu(shapes: Sequence[Shape], ranks: Sequence[int], console: Any) -> int:
-    from lora_engine.backends import cpu_tuned
+    from lora_engine.backends import cpu_tuned, find
     from lora_engine.kernels import tuned
     from lora_engine.tuning import cpu
 
+    try:
+        find("cpu")
+    except RuntimeError as why:
+        print(f"tune: {why}", file=sys.stderr)
+        return 1
     return tune([cpu.job(shapes, ranks)], cpu_tuned.identity(), tuned.versions(), console)
 
 
