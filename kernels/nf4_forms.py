@@ -90,7 +90,7 @@ def _heuristic(index: int | None, n: int, x: torch.dtype, how: str, *case: Any) 
 # By the heuristic's form; itself first.
 _SPACES: dict[Form, tuple[Choice, ...]] = {
     ROW: tuple(Choice(c, 1, w, 1) for c, w in ((16, 4), (8, 4), (8, 2), (32, 8))),
-    FEW: tuple(Choice(c, 16, w, 1) for c, w in ((64, 4), (32, 4), (128, 4), (128, 8))),
+    FEW: tuple(Choice(c, 16, w, 1) for c, w in ((64, 4), (32, 4), (128, 8))),
     SOME: tuple(Choice(c, m, w, 1) for c, m, w in ((64, 64, 4), (64, 32, 4), (128, 64, 8))),
     MANY: tuple(Choice(64, m, w, s) for m, w, s in ((128, 8, 2), (128, 4, 2), (64, 4, 2))),
     WIDE: tuple(Choice(64, m, 8, s) for m, s in ((256, 2), (256, 1), (128, 2), (128, 1))),
