@@ -240,8 +240,10 @@ def _heuristic(index: int | None, n: int, *case: Any) -> Choice:
 
 
 SPACE = tuple(
-    Choice(rows, columns, *shrink)
-    for rows, columns, shrink in product((1, 16, 32), (64, COLUMNS), ((4, 2), (4, 3), (8, 3)))
+    Choice(*tile, *shrink)
+    for tile, shrink in product(
+        ((1, 64), (1, COLUMNS), (16, 64), (32, 64), (32, COLUMNS)), ((4, 2), (4, 3), (8, 3))
+    )
 )
 TILING = Tunable(
     "batched_lora_delta",
