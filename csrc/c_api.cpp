@@ -84,6 +84,12 @@ void check_threads(const char *op, int32_t n, int32_t least) {
     le::fail(LE_ERROR_VALUE, "%s: num_threads: expected %d to 4096, got %d", op, least, n);
 }
 
+void check_at_most(const char *op, const char *name, int64_t value, int64_t most) {
+  if (value < 0 || value > most)
+    le::fail(LE_ERROR_VALUE, "%s: %s: expected 0 to %lld, got %lld", op, name,
+             static_cast<long long>(most), static_cast<long long>(value));
+}
+
 le::Ewc *core_of(le_ewc *ewc) { return ewc ? &ewc->core : nullptr; }
 
 }  // namespace
@@ -147,6 +153,14 @@ le_status le_set_num_threads(le_context *ctx, int32_t num_threads) {
 
 int32_t le_get_num_threads(const le_context *ctx) {
   return ctx ? ctx->core.threads.num_threads() : 0;
+}
+
+le_status le_set_tuning(le_context *ctx, int64_t bytes_per_thread, int64_t tile_rows) {
+  return with_context("set_tuning", ctx, [&](le::Context &c) {
+    check_at_most("set_tuning", "bytes_per_thread", bytes_per_thread, int64_t(1) << 40);
+    check_at_most("set_tuning", "tile_rows", tile_rows, 4096);
+    c.set_tuning(bytes_per_thread, tile_rows);
+  });
 }
 
 int32_t le_limit_threads(int32_t num_threads) { return le::set_thread_limit(num_threads); }

@@ -29,10 +29,6 @@ void after_fork(bool in_child) {
   registry().mutex.unlock();
 }
 
-// A worker costs about a microsecond to bring in when it spins and some ten
-// when it sleeps; a core reads this many bytes in the meantime.
-constexpr int64_t kBytesPerThread = 192 * 1024;
-
 }  // namespace
 
 Context::Context(int num_threads) : threads(num_threads > 0 ? num_threads : available_cpus()) {
@@ -53,7 +49,13 @@ Context::~Context() {
 int Context::threads_for(int64_t bytes) const {
   int most = threads.num_threads();
   if (thread_limit() > 0) most = std::min(most, thread_limit());
-  return static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, most));
+  return static_cast<int>(
+      std::clamp<int64_t>(bytes / bytes_per_thread_.load(std::memory_order_relaxed), 1, most));
+}
+
+void Context::set_tuning(int64_t bytes_per_thread, int64_t tile_rows) {
+  bytes_per_thread_.store(bytes_per_thread ? bytes_per_thread : kBytesPerThread);
+  tile_rows_.store(tile_rows ? tile_rows : kTileRows);
 }
 
 void Context::add_pool(AdapterPool *pool) {

@@ -32,10 +32,10 @@ void pool_forward_slot(AdapterPool &pool, int32_t id, const le_array *x, bool tr
   const Block &block = *pool.slot(id).current;
   static thread_local Scratch<int64_t> row_memory;
   const int64_t *rows = row_numbers(shape.x.n, row_memory);
-  int64_t tiles = (shape.x.n + kTileRows - 1) / kTileRows;
+  int64_t step = pool.context().tile_rows(), tiles = (shape.x.n + step - 1) / step;
   int64_t bytes = shape.x.n * pool.elements(block) * dtype_size(pool.dtype());
   run_tiles(pool.context(), shape, tiles, bytes, [&](int64_t index, auto &&run) {
-    Tile tile{rows + index * kTileRows, std::min(kTileRows, shape.x.n - index * kTileRows)};
+    Tile tile{rows + index * step, std::min(step, shape.x.n - index * step)};
     const float *const *all = tile_inputs(shape, tile, buffers());
     int64_t column = 0;
     for (int s = 0; s < pool.num_slices(); ++s) {
@@ -51,12 +51,12 @@ void pool_forward_slot(AdapterPool &pool, int32_t id, const le_array *x, bool tr
 
 namespace {
 
-// Cuts sorted pairs into tiles of one adapter.
-int64_t cut_by_slot(const Batch &batch, PairTile *tiles) {
+// Cuts sorted pairs into tiles of one adapter, of at most so many rows.
+int64_t cut_by_slot(const Batch &batch, int64_t rows, PairTile *tiles) {
   int64_t count = 0;
   for (int64_t p = 0; p < batch.count;) {
     int64_t end = p + 1;
-    while (end < batch.count && end - p < kTileRows && batch.pairs[end].slot == batch.pairs[p].slot)
+    while (end < batch.count && end - p < rows && batch.pairs[end].slot == batch.pairs[p].slot)
       ++end;
     tiles[count++] = {p, end - p, end - p};
     p = end;
@@ -96,7 +96,8 @@ BatchedDelta::BatchedDelta(const char *op, AdapterPool &pool, int64_t n, const l
   read_batch(op, pool, ids, weights, n, Order::kMixturesByRow, &batch_);
   held_.emplace(op, pool, batch_.slots, batch_.slot_count);
   tiles_ = memory_.tiles.get(batch_.count);
-  count_ = batch_.mixtures ? cut_by_row(batch_, tiles_) : cut_by_slot(batch_, tiles_);
+  count_ = batch_.mixtures ? cut_by_row(batch_, tiles_)
+                           : cut_by_slot(batch_, pool.context().tile_rows(), tiles_);
   rows_ = memory_.rows.get(batch_.count);
   weights_ = memory_.weights.get(batch_.count);
   for (int64_t p = 0; p < batch_.count; ++p) {

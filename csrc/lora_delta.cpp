@@ -65,10 +65,10 @@ void lora_delta(Context &context, const le_array *x, const le_array *A, const le
   const char *up = packed_rows(bt, b_memory, &bt_stride);
   Term term{down, up, a_stride, bt_stride, a.n, scaling};
   const int64_t *rows = row_numbers(shape.x.n, row_memory);
-  int64_t tiles = (shape.x.n + kTileRows - 1) / kTileRows;
+  int64_t step = context.tile_rows(), tiles = (shape.x.n + step - 1) / step;
   int64_t bytes = shape.x.n * a.n * (a.width + b.n) * dtype_size(a.dtype);
   run_tiles(context, shape, tiles, bytes, [&](int64_t index, auto &&run) {
-    Tile tile{rows + index * kTileRows, std::min(kTileRows, shape.x.n - index * kTileRows)};
+    Tile tile{rows + index * step, std::min(step, shape.x.n - index * step)};
     run(tile, tile_inputs(shape, tile, buffers()), &term, 1, 0, shape.y.width);
   });
 }

@@ -37,5 +37,11 @@ NB_MODULE(_C, m) {
       "set_num_threads", [](int32_t n) { check(le_set_num_threads(context(), n)); },
       "num_threads"_a);
   m.def("get_num_threads", [] { return le_get_num_threads(context()); });
+  m.def(
+      "set_tuning",
+      [](int64_t bytes_per_thread, int64_t tile_rows) {
+        check(le_set_tuning(context(), bytes_per_thread, tile_rows));
+      },
+      "bytes_per_thread"_a, "tile_rows"_a);
   m.def("abi_version", &le_abi_version);
 }

@@ -7,7 +7,6 @@
 
 namespace le {
 
-constexpr int64_t kTileRows = 16;         // rows that share one pass over an adapter's weights
 constexpr int64_t kSplitBytes = 1 << 20;  // from here a single tile is worth splitting over threads
 
 // One low-rank product that a tile of rows adds to its output: the rows of

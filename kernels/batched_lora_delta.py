@@ -21,16 +21,17 @@ h, 2.1 MB, is read again for every 128 columns, 67 MB from L2: bound by bytes, e
 from __future__ import annotations
 
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import FLOATS, Device, Variant, Variants, cdiv, launch, scratch
+from .launch import FLOATS, Config, Device, Variant, Variants, cdiv, launch, scratch
 from .lora_delta import BLOCK_R, COLUMNS, SHRINK, block_k, expand_config, spans
 from .storage import Adapters
 from .tiles import expand, precision, project, rounded
+from .tunable import Tunable
 
 NOT_PENDING = tl.constexpr(2**31 - 1)
 
@@ -218,20 +219,68 @@ def tiling(n: int) -> Tiling:
     return Tiling(1, 16, COLUMNS) if n <= 256 else Tiling(32, 32, COLUMNS)
 
 
+class Choice(NamedTuple):
+    """Of both launches; rows as in ``Tiling``, of which blocks of 16 and 32 take the same matrix
+    instruction."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    @property
+    def tile(self) -> Tiling:
+        return Tiling(self.rows, max(self.rows, 16), self.columns)
+
+    @property
+    def shrink(self) -> Config:
+        return SHRINK._replace(num_warps=self.warps, num_stages=self.stages)
+
+
+def _heuristic(index: int | None, n: int, *case: Any) -> Choice:
+    tile = tiling(n)
+    return Choice(tile.rows, tile.block_n, SHRINK.num_warps, SHRINK.num_stages)
+
+
+SPACE = tuple(
+    Choice(*tile, *shrink)
+    for tile, shrink in product(
+        ((1, 64), (1, COLUMNS), (16, 64), (32, 64), (32, COLUMNS)), ((4, 2), (4, 3), (8, 3))
+    )
+)
+TILING = Tunable(
+    "batched_lora_delta",
+    ("x", "w", "in", "out", "rank", "places", "transposed"),
+    _heuristic,
+    lambda *case: SPACE,
+)
+
+
+def choice(x: torch.Tensor, batch: Batch) -> Choice:
+    """For these rows and adapters."""
+    a, (n, k) = batch.adapters, batch.ids.shape
+    found: Choice = TILING.choose(
+        x.device.index, n, x.dtype, a.arena.dtype, a.in_features, a.outs, a.max_rank, k,
+        batch.transposed,
+    )  # fmt: skip
+    return found
+
+
 def shrink(x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
     """The partial h of every row and adapter [n, k, splits, slices, rank_stride], and splits."""
     a, (n, k) = batch.adapters, batch.ids.shape
     splits, span = spans(max(a.outs) if batch.transposed else a.in_features)
     slices, rank_stride = len(a.outs), batch.rank_stride
     h = scratch("h", x, n * k * splits * slices * rank_stride, torch.float32)
-    tile, how = tiling(n), precision(x.dtype, a.arena.dtype)
+    chosen, how = choice(x, batch), precision(x.dtype, a.arena.dtype)
+    tile = chosen.tile
     grid = cdiv(n, tile.rows), splits, k * slices * (rank_stride // BLOCK_R)
     launch(
         _shrink, grid, (x, batch.ids, h, a.arena, a.offsets, a.ranks, a.firsts, a.flag),
         (n, k, a.ranks.shape[0], rank_stride, slices, int(batch.transposed)),
         (a.in_features, splits, span, *x.stride(),
          *batch.ids.stride()),
-        (tile.rows, tile.block_m, BLOCK_R, block_k(how), how), SHRINK,
+        (tile.rows, tile.block_m, BLOCK_R, block_k(how), how), chosen.shrink,
     )  # fmt: skip
     return h, splits
 
@@ -240,7 +289,7 @@ def batched_lora_delta(x: torch.Tensor, batch: Batch, out: torch.Tensor, accumul
     """x [n, in] and out [n, out] of one dtype, in any strides."""
     a, (n, k) = batch.adapters, batch.ids.shape
     h, splits = shrink(x, batch)
-    tile = tiling(n)
+    tile = choice(x, batch).tile
     outs = (a.in_features,) if batch.transposed else a.outs
     weights = a.scalings if batch.weights is None else batch.weights
     launch(
@@ -254,24 +303,33 @@ def batched_lora_delta(x: torch.Tensor, batch: Batch, out: torch.Tensor, accumul
     )  # fmt: skip
 
 
+def variants_of(chosen: Choice, x: torch.dtype, w: torch.dtype, device: Device) -> Variants:
+    """What that choice launches, at 4096 features."""
+    (splits, span), tile = spans(4096), chosen.tile
+    how, names = precision(x, w), (FLOATS[x], FLOATS[w])
+    matrix = how != "ieee" or device.backend == "hip"
+    name = f"batched_lora_delta-{names[0]}-{names[1]}-{tile.rows}"
+    yield Variant(
+        f"{name}-{chosen.warps}x{chosen.stages}-shrink", _shrink,
+        (names[0], "i32", "fp32", names[1], "i64", "i32", "i32", "i64"), ("i32",) * 6,
+        (4096, splits, span, 4096, 1, 1, 1),
+        (tile.rows, tile.block_m, BLOCK_R, block_k(how), how), chosen.shrink, matrix,
+    )  # fmt: skip
+    yield Variant(
+        f"{name}-{tile.block_n}-expand", _expand,
+        (names[0], "i32", "fp32", "fp32", names[1], "i64", "i32", "fp32", "i32"),
+        ("i32",) * 8, (4096, splits, 4096, 1, 1, 1, 1, 1),
+        (*tile, BLOCK_R, how), expand_config(tile.block_m), matrix,
+    )  # fmt: skip
+
+
 def variants(device: Device) -> Variants:
-    """All that ``batched_lora_delta`` can launch, at 4096 features."""
-    splits, span = spans(4096)
-    for x, w in product(FLOATS, FLOATS):
-        how, names = precision(x, w), (FLOATS[x], FLOATS[w])
-        matrix = how != "ieee" or device.backend == "hip"
-        for n in (1, 4096):
-            tile = tiling(n)
-            name = f"batched_lora_delta-{names[0]}-{names[1]}-{tile.rows}"
-            yield Variant(
-                f"{name}-shrink", _shrink,
-                (names[0], "i32", "fp32", names[1], "i64", "i32", "i32", "i64"), ("i32",) * 6,
-                (4096, splits, span, 4096, 1, 1, 1),
-                (tile.rows, tile.block_m, BLOCK_R, block_k(how), how), SHRINK, matrix,
-            )  # fmt: skip
-            yield Variant(
-                f"{name}-expand", _expand,
-                (names[0], "i32", "fp32", "fp32", names[1], "i64", "i32", "fp32", "i32"),
-                ("i32",) * 8, (4096, splits, 4096, 1, 1, 1, 1, 1),
-                (*tile, BLOCK_R, how), expand_config(tile.block_m), matrix,
-            )  # fmt: skip
+    """All that ``batched_lora_delta`` can launch untuned."""
+    for x, w, n in product(FLOATS, FLOATS, (1, 4096)):
+        yield from variants_of(_heuristic(None, n), x, w, device)
+
+
+def tuned_variants(device: Device) -> Variants:
+    """All that it can launch tuned."""
+    for x, w, chosen in product(FLOATS, FLOATS, SPACE):
+        yield from variants_of(chosen, x, w, device)

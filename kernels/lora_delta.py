@@ -14,7 +14,9 @@ expected 25 us.
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,6 +24,7 @@ import triton.language as tl
 
 from .launch import FLOATS, Config, Device, Variant, Variants, cdiv, launch, scratch
 from .tiles import expand, precision, project, rounded
+from .tunable import Tunable
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -70,6 +73,7 @@ COLUMNS = 128  # of an expand
 SHRINK = Config(4, 3, registers=224)
 
 
+@cache
 def spans(features: int) -> tuple[int, int]:
     """(splits, features in each) of the sum over features: a function of the shape alone."""
     splits = min(max(features // 512, 1), 16)
@@ -92,6 +96,31 @@ def rows_of_block(n: int) -> int:
     return 16 if n <= 64 else 32
 
 
+class Tiling(NamedTuple):
+    """Both launches. Rows of a block of 16 and 32 take the same matrix instruction; more do
+    not, so there are no more."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    @property
+    def shrink(self) -> Config:
+        return SHRINK._replace(num_warps=self.warps, num_stages=self.stages)
+
+
+def _heuristic(index: int | None, n: int, *case: Any) -> Tiling:
+    return Tiling(rows_of_block(n), COLUMNS, SHRINK.num_warps, SHRINK.num_stages)
+
+
+SPACE = tuple(
+    Tiling(rows, columns, *shrink)
+    for rows, columns, shrink in product((16, 32), (64, COLUMNS), ((4, 2), (4, 3), (8, 3)))
+)
+TILING = Tunable("lora_delta", ("x", "w", "in", "out", "rank"), _heuristic, lambda *case: SPACE)
+
+
 def lora_delta(
     x: torch.Tensor,
     A: torch.Tensor,
@@ -105,36 +134,46 @@ def lora_delta(
     rank, out_features = A.shape[0], B.shape[0]
     splits, span = spans(features)
     how = precision(x.dtype, A.dtype)
-    block_m = rows_of_block(n)
+    tile = TILING.choose(x.device.index, n, x.dtype, A.dtype, features, out_features, rank)
+    block_m = tile.rows
     h = scratch("h", x, n * splits * rank, torch.float32)
     launch(
         _shrink, (cdiv(n, block_m), splits, cdiv(rank, BLOCK_R)), (x, A, h), (n,),
         (features, rank, *x.stride(), *A.stride(), splits, span),
-        (block_m, BLOCK_R, block_k(how), how), SHRINK,
+        (block_m, BLOCK_R, block_k(how), how), tile.shrink,
     )  # fmt: skip
     launch(
-        _expand, (cdiv(n, block_m), cdiv(out_features, COLUMNS), 1), (h, B, out),
+        _expand, (cdiv(n, block_m), cdiv(out_features, tile.columns), 1), (h, B, out),
         (n, scaling, int(accumulate)),
         (out_features, rank, B.stride(1), B.stride(0), *out.stride(), splits),
-        (block_m, COLUMNS, BLOCK_R, how), expand_config(block_m),
+        (block_m, tile.columns, BLOCK_R, how), expand_config(block_m),
+    )  # fmt: skip
+
+
+def variants_of(tile: Tiling, x: torch.dtype, w: torch.dtype, device: Device) -> Variants:
+    """What that tiling launches, at 4096 features and rank 16."""
+    how, names = precision(x, w), (FLOATS[x], FLOATS[w])
+    matrix = how != "ieee" or device.backend == "hip"
+    name = f"lora_delta-{names[0]}-{names[1]}-{tile.rows}"
+    yield Variant(
+        f"{name}-{tile.warps}x{tile.stages}-shrink", _shrink, (*names, "fp32"), ("i32",),
+        (4096, 16, 4096, 1, 4096, 1, *spans(4096)), (tile.rows, BLOCK_R, block_k(how), how),
+        tile.shrink, matrix,
+    )  # fmt: skip
+    yield Variant(
+        f"{name}-{tile.columns}-expand", _expand, ("fp32", names[1], names[0]),
+        ("i32", "fp32", "i32"), (4096, 16, 1, 16, 4096, 1, spans(4096)[0]),
+        (tile.rows, tile.columns, BLOCK_R, how), expand_config(tile.rows), matrix,
     )  # fmt: skip
 
 
 def variants(device: Device) -> Variants:
-    """All that ``lora_delta`` can launch, at 4096 features and rank 16."""
-    for x, w in product(FLOATS, FLOATS):
-        how, names = precision(x, w), (FLOATS[x], FLOATS[w])
-        matrix = how != "ieee" or device.backend == "hip"
-        for n in (1, 4096):
-            block_m = rows_of_block(n)
-            name = f"lora_delta-{names[0]}-{names[1]}-{block_m}"
-            yield Variant(
-                f"{name}-shrink", _shrink, (*names, "fp32"), ("i32",),
-                (4096, 16, 4096, 1, 4096, 1, *spans(4096)), (block_m, BLOCK_R, block_k(how), how),
-                SHRINK, matrix,
-            )  # fmt: skip
-            yield Variant(
-                f"{name}-expand", _expand, ("fp32", names[1], names[0]), ("i32", "fp32", "i32"),
-                (4096, 16, 1, 16, 4096, 1, spans(4096)[0]), (block_m, COLUMNS, BLOCK_R, how),
-                expand_config(block_m), matrix,
-            )  # fmt: skip
+    """All that ``lora_delta`` can launch untuned."""
+    for x, w, n in product(FLOATS, FLOATS, (1, 4096)):
+        yield from variants_of(_heuristic(None, n), x, w, device)
+
+
+def tuned_variants(device: Device) -> Variants:
+    """All that it can launch tuned."""
+    for x, w, tile in product(FLOATS, FLOATS, SPACE):
+        yield from variants_of(tile, x, w, device)

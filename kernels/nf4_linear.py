@@ -27,6 +27,7 @@ Deltas add their shrink, and parts of 8 n out bytes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from itertools import product
 from typing import NamedTuple
@@ -48,6 +49,17 @@ from .nf4 import (
     group_absmax,
     load_table,
     load_words,
+)
+from .nf4_forms import (
+    ROW,
+    TILING,
+    Choice,
+    Form,
+    form_of,
+    how_of,
+    product_form,
+    space,
+    splits_of,
 )
 from .tiles import dot, precision, rounded
 
@@ -218,57 +230,8 @@ def _finish(
     tl.store(to, rounded(acc, p_y.dtype.element_ty), m_y)
 
 
-class Form(NamedTuple):
-    """The tile of a product; blocks: as many a processor before its sum is split no more."""
-
-    block_c: int
-    block_m: int
-    block_r: int
-    blocks: int
-    config: Config
-
-
-ROW = Form(16, 1, 1024, 2, Config(4, 1))
-FEW, SOME = Form(64, 16, 128, 4, Config(4, 1)), Form(64, 64, 64, 2, Config(4, 1))
-MANY, WIDE = Form(64, 128, 64, 1, Config(8, 2)), Form(64, 256, 64, 1, Config(8, 2))
-FEW_IEEE, IEEE = Form(64, 16, 64, 2, Config(4, 1)), Form(64, 64, 32, 1, Config(4, 1))
-UNALIGNED = Form(32, 32, 32, 2, Config(4, 1))
 FINISH = {1: Config(4, 1, registers=168), 32: Config(8, 1, registers=168)}  # by rows of a block
 KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-def how_of(x: torch.dtype, compute: str | None, aligned: bool) -> str:
-    """How tiles are multiplied; the sums are float32.
-
-    "ieee": float32. "native": bfloat16. "tf32" for a float16 x, whatever is asked for below
-    float32: as float16 a weight could be out of range. What is decoded element by element
-    is slow anyway, and float32.
-    """
-    if not aligned or compute == "float32" or (compute is None and x == torch.float32):
-        return "ieee"
-    return "tf32" if x == torch.float16 else "native"
-
-
-def form_of(
-    n: int, x: torch.dtype, how: str, aligned: bool, transposed: bool, device: Device
-) -> Form:
-    if not aligned:
-        return UNALIGNED
-    few = n <= 16 and not transposed
-    if how == "ieee":
-        return FEW_IEEE if few and x == torch.float32 else IEEE
-    if n <= 64:
-        return FEW if few else SOME
-    registers = device.arch in (90, 100, "gfx942") and not transposed  # enough for its sums
-    return WIDE if registers and x == torch.bfloat16 else MANY
-
-
-def splits_of(form: Form, n: int, features: int, length: int, processors: int) -> tuple[int, int]:
-    """(splits, length of each) of a sum over that length."""
-    tiles = cdiv(features, form.block_c) * cdiv(n, form.block_m)
-    splits = max(min(form.blocks * processors // tiles, length // 512, 16), 1)
-    span = cdiv(cdiv(length, splits), form.block_r) * form.block_r
-    return cdiv(length, span), span
 
 
 class Target(NamedTuple):
@@ -297,6 +260,11 @@ def _multiply(
     device = device_of(x.device.index)
     form = ROW if row else form_of(n, x.dtype, how, w.aligned, transposed, device)
     splits, span = splits_of(form, n, features, length, device.processors)
+    if not transposed:
+        chosen: Choice = TILING.choose(
+            x.device.index, n, x.dtype, how, w.cols, w.rows, 1 << w.shift, w.nested
+        )
+        form = chosen.form(form)
     direct = splits == 1 and to.batch is None
     parts = w.scales if direct else scratch("parts", x, splits * n * features, torch.float32)
     bias, kind = to.bias_of(w)
@@ -363,11 +331,19 @@ def nf4_linear_backward(grad: torch.Tensor, w: Packed, dx: torch.Tensor) -> None
 def _product_variants(
     dtype: torch.dtype, compute: str | None, aligned: bool, transposed: bool, device: Device
 ) -> Variants:
-    how, name = how_of(dtype, compute, aligned), FLOATS[dtype]
-    cols = 4096 if aligned else 4095
+    how = how_of(dtype, compute, aligned)
     forms = {form_of(n, dtype, how, aligned, transposed, device) for n in (2, 64, 4096)}
-    for form in sorted(forms):
+    yield from _form_variants(sorted(forms), dtype, how, aligned, transposed, device)
+
+
+def _form_variants(
+    forms: Iterable[Form], dtype: torch.dtype, how: str, aligned: bool, transposed: bool,
+    device: Device,
+) -> Variants:  # fmt: skip
+    name, cols = FLOATS[dtype], 4096 if aligned else 4095
+    for form in forms:
         label = f"nf4_linear-{name}-{how}-{'x'.join(map(str, form[:3]))}"
+        label += f"-{form.config.num_warps}x{form.config.num_stages}"
         label += "-backward" * transposed + "-unaligned" * (not aligned)
         yield Variant(
             label, _product, (name, *PACKED, "u8", name, "fp32"),
@@ -378,8 +354,39 @@ def _product_variants(
         )  # fmt: skip
 
 
+def _row_variant(form: Form, name: str) -> Variant:
+    label = f"nf4_linear-{name}-row-{form.block_c}-{form.config.num_warps}"
+    return Variant(
+        label, _row, (name, *PACKED, "u8", name, "fp32"), ("i32", "i32", "fp32", "i32", "i32"),
+        (4096, 4096, 512, 2048, 1, 1), (form.block_c, form.block_r), form.config, False,
+    )  # fmt: skip
+
+
+def tuned_variants(device: Device) -> Variants:
+    """All that ``nf4_linear`` can launch tuned and not untuned."""
+    for dtype, name in FLOATS.items():
+        yield from (_row_variant(c.form(ROW), name) for c in space(ROW))
+        for how in sorted(
+            {how_of(dtype, compute, True) for compute in (None, "float32", "bfloat16")}
+        ):
+            for like in {form_of(n, dtype, how, True, False, device) for n in (2, 64, 4096)}:
+                forms = [c.form(like) for c in space(like)]
+                yield from _form_variants(forms, dtype, how, True, False, device)
+
+
+def variants_of(
+    chosen: Choice, n: int, dtype: torch.dtype, how: str, aligned: bool, device: Device
+) -> Variants:
+    """What that choice launches for so many rows."""
+    form = chosen.form(product_form(None, n, dtype, how, aligned, device))
+    if n == 1 and aligned:
+        yield _row_variant(form, FLOATS[dtype])
+    else:
+        yield from _form_variants([form], dtype, how, aligned, False, device)
+
+
 def variants(device: Device) -> Variants:
-    """All that ``nf4_linear`` and its backward pass can launch, at 4096 features."""
+    """All that ``nf4_linear`` and its backward pass can launch untuned, at 4096 features."""
     for dtype, name in FLOATS.items():
         for compute in (None, "float32", "bfloat16"):
             if compute is None or how_of(dtype, compute, True) != how_of(dtype, None, True):
@@ -387,11 +394,7 @@ def variants(device: Device) -> Variants:
         yield from _product_variants(dtype, None, False, False, device)
         yield from _product_variants(dtype, None, True, True, device)
         yield from _product_variants(dtype, None, False, True, device)
-        yield Variant(
-            f"nf4_linear-{name}-row", _row, (name, *PACKED, "u8", name, "fp32"),
-            ("i32", "i32", "fp32", "i32", "i32"), (4096, 4096, 512, 2048, 1, 1),
-            (ROW.block_c, ROW.block_r), ROW.config, False,
-        )  # fmt: skip
+        yield _row_variant(ROW, name)
     for (x, x_name), (w, w_name) in product(FLOATS.items(), FLOATS.items()):
         for n in (1, 4096):
             how, tile = precision(x, w), deltas.tiling(n)

@@ -8,6 +8,8 @@ import platform
 import sys
 from importlib import metadata
 
+from lora_engine.tuning import command
+
 
 def _doctor(_: argparse.Namespace) -> int:
     """What is there, and why what is not is not."""
@@ -50,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--rounds", type=int, default=600, help="rounds of 64 images (600)")
     demo.add_argument("--out", default="demo_output", help="folder for adapters and picture")
     demo.set_defaults(run=_demo)
+    tune = commands.add_parser("tune", help="measure what is quickest on this CPU and GPU")
+    command.add_arguments(tune)
+    tune.set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:
         status = int(args.run(args))

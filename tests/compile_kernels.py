@@ -10,8 +10,9 @@ import json
 import signal
 import sys
 from functools import cache
-from importlib import import_module
 from typing import Any
+
+from helpers_kernels import variants_of
 
 from lora_engine.kernels.compiled import compile_variant, problems, resources
 from lora_engine.kernels.launch import DEVICES, Variant
@@ -20,13 +21,13 @@ TIMEOUT = 120  # seconds for one compilation, on the slowest machine
 
 
 @cache
-def variants(module: str, device: str) -> tuple[Variant, ...]:
-    return tuple(import_module(f"lora_engine.kernels.{module}").variants(DEVICES[device]))
+def variants(module: str, device: str, tuned: bool) -> tuple[Variant, ...]:
+    return tuple(variants_of(module, DEVICES[device], tuned))
 
 
-def answer(module: str, device: str, index: int, plain: bool) -> dict[str, Any]:
+def answer(module: str, device: str, index: int, plain: bool, tuned: bool) -> dict[str, Any]:
     """What the variant takes, and what is wrong with it."""
-    variant = variants(module, device)[index]
+    variant = variants(module, device, tuned)[index]
     signal.alarm(TIMEOUT)
     try:
         used = resources(compile_variant(variant, DEVICES[device], plain))

@@ -23,11 +23,22 @@ TYPES = {
 }  # fmt: skip
 
 
+def variants_of(name: str, device: Any, tuned: bool) -> list[Any]:
+    """What a file's launcher can launch, each once; tuned: what a tuned file can choose, too."""
+    module = MODULES[name]
+    every = list(module.variants(device))
+    if tuned and hasattr(module, "tuned_variants"):
+        names = {v.name for v in every}
+        more = {v.name: v for v in module.tuned_variants(device)}
+        every += [v for name, v in more.items() if name not in names]
+    return every
+
+
 @cache
 def gated() -> frozenset[tuple[Any, ...]]:
     """What the launchers say they can launch on this device."""
     device = device_of(None)
-    every = (v for name in GATED for v in MODULES[name].variants(device))
+    every = (v for name in GATED for v in variants_of(name, device, tuned=True))
     return frozenset((v.fn, v.pointers, v.constants, v.config) for v in every)
 
 

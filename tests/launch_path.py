@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from lora_engine.kernels import launch as path
 from lora_engine.kernels import lora_delta as op
+from lora_engine.kernels import tunable
 from lora_engine.kernels.compiled import Resources, compile_variant, problems, resources
 from lora_engine.kernels.launch import DEVICES, Config, Variant
 
@@ -120,6 +121,7 @@ def make_driver(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(path, "HIP", backend == "hip")
         monkeypatch.setattr(path, "_HANDLES", {})
+        monkeypatch.setattr(tunable, "identity", lambda index: {"name": "stand-in"})
         for fn in (_scaled, op._shrink, op._expand):
             fn.device_caches.clear()
         run = _scaled.run

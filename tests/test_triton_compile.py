@@ -1,7 +1,8 @@
 """Every kernel that a launcher can choose compiles for every device, without one.
 
 No registers in memory, shared memory within the device's limit, matrix instructions
-where they are meant. The full profile also compiles each for odd shapes.
+where they are meant. The full profile also compiles each for odd shapes, and all that a
+tuned file can choose.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_kernels import GATED, MODULES
+from helpers_kernels import GATED, MODULES, variants_of
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from lora_engine.kernels.launch import DEVICES, INTERPRETED, device_of
 
-PLAIN = (False, True) if os.environ.get("LORA_ENGINE_TEST_PROFILE") == "full" else (False,)
+FULL = os.environ.get("LORA_ENGINE_TEST_PROFILE") == "full"
+PLAIN = (False, True) if FULL else (False,)
 CASES = [(name, device) for name in GATED for device in DEVICES]
 
 WORKER = Path(__file__).with_name("compile_kernels.py")
@@ -52,7 +54,7 @@ class Compilers:
         self.started: list[subprocess.Popen] = []
 
     def submit(self, module: str, device: str, index: int, plain: bool) -> Future[dict[str, Any]]:
-        job = {"module": module, "device": device, "index": index, "plain": plain}
+        job = {"module": module, "device": device, "index": index, "plain": plain, "tuned": FULL}
         return self.threads.submit(self._run, job)
 
     def _run(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def answers(
         yield {
             (module, device): [
                 compilers.submit(module, device, index, plain)
-                for index, _ in enumerate(MODULES[module].variants(DEVICES[device]))
+                for index, _ in enumerate(variants_of(module, DEVICES[device], FULL))
                 for plain in PLAIN
             ]
             for module, device in wanted
@@ -123,7 +125,7 @@ def test_every_variant_compiles(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     module, device = case
-    names = [v.name for v in MODULES[module].variants(DEVICES[device]) for _ in PLAIN]
+    names = [v.name for v in variants_of(module, DEVICES[device], FULL) for _ in PLAIN]
     assert len(set(names)) * len(PLAIN) == len(names), "two variants of one name"
     found = [future.result() for future in answers[case]]
     with capsys.disabled():
@@ -140,7 +142,7 @@ def test_every_variant_compiles(
 
 
 # Of a delta, whose order of summation must be a row's own, in every tiling of rows.
-DELTA = re.compile(r"((?:batched_lora_delta|lora_delta|nf4_linear)-\w+-\w+)-\d+-(\w+)")
+DELTA = re.compile(r"((?:batched_lora_delta|lora_delta|nf4_linear)-\w+-\w+)-\d+(?:-[\dx]+)?-(\w+)")
 
 
 def of_other_instructions(found: list[dict[str, Any]]) -> list[str]:

@@ -101,6 +101,10 @@ LE_API int32_t le_get_num_threads(const le_context *ctx);
 /* Caps the threads that calls from this thread use (0: no cap); returns the
  * cap that was in force. */
 LE_API int32_t le_limit_threads(int32_t num_threads);
+/* How work is dealt out, measured for a CPU by `lora-engine tune`: how many bytes
+ * of work a further thread is worth (0: 192 KiB), and how many rows of a batch
+ * share one pass over an adapter's weights (0: 16). No result depends on either. */
+LE_API le_status le_set_tuning(le_context *ctx, int64_t bytes_per_thread, int64_t tile_rows);
 
 /* ---- ops on arrays ------------------------------------------------------ */
 

@@ -96,7 +96,13 @@ def find(name: str) -> Any:
 @cache
 def chosen(gpu: bool = False) -> Any:
     """What LORA_ENGINE_BACKEND names; else Triton for arrays on a GPU and C++ for others."""
-    return find(os.environ.get("LORA_ENGINE_BACKEND") or ("triton" if gpu else "cpu"))
+    name = os.environ.get("LORA_ENGINE_BACKEND") or ("triton" if gpu else "cpu")
+    backend = find(name)
+    if name == "cpu":
+        from lora_engine.backends import cpu_tuned
+
+        cpu_tuned.apply()
+    return backend
 
 
 def backend_of(array: Any) -> Any:
