@@ -336,10 +336,14 @@ def _product(p_x, p_y, n, stride, M: tl.constexpr, PRECISION: tl.constexpr):
 def test_the_gate_sees_what_it_looks_for(name: str) -> None:
     device = DEVICES[name]
 
-    def check(m: int, precision: str) -> tuple[Resources, str]:
+    def check(m: int, precision: str, spilled: int = 0) -> tuple[Resources, str]:
         given = (("fp32", "fp32"), ("i32",), (4096,), (m, precision))
         variant = Variant("v", _product, *given, Config(1, 1), True)
-        used = resources(compile_variant(variant, device))
+        kernel = compile_variant(variant, device)
+        if spilled:
+            count = re.compile(r"(\.vgpr_spill_count:\s+)0")
+            kernel.asm["amdgcn"] = count.sub(rf"\g<1>{spilled}", kernel.asm["amdgcn"])
+        used = resources(kernel)
         over = problems(variant, device, used._replace(shared=device.shared + 1))
         assert f"{device.shared + 1} bytes of shared memory, there are {device.shared}" in over
         return used, ", ".join(problems(variant, device, used))
@@ -347,7 +351,8 @@ def test_the_gate_sees_what_it_looks_for(name: str) -> None:
     used, wrong = check(16, "tf32")
     assert not wrong
     assert 0 < used.shared <= 8192
-    used, wrong = check(128 if device.backend == "cuda" else 256, "tf32")
+    # How large a product AMD's registers hold depends on the version: its word is written in.
+    used, wrong = check(128, "tf32") if device.backend == "cuda" else check(16, "tf32", 30)
     assert wrong == f"{used.spills} bytes spilled at {used.registers} registers a thread"
     assert used.spills > 100
     if device.backend == "cuda":  # AMD's matrix instructions multiply float32 too

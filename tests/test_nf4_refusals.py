@@ -8,6 +8,7 @@ import torch
 from helpers import bits, fill_pool
 
 import lora_engine as le
+from lora_engine.backends import chosen
 
 N, IN, OUT = 3, 64, 8
 W = le.nf4_quantize(np.random.default_rng(0).standard_normal((OUT, IN)).astype("f4"))
@@ -102,10 +103,10 @@ def test_a_slot_that_was_removed():
 
 def test_an_output_over_the_packed_bytes():
     packed = np.zeros(256 * 64 // 2, np.uint8)
-    held = le.ops.chosen().Nf4(packed, 256, 64, 64, np.ones(256, "f4"), None, None, 0, 0.0)
+    held = chosen().Nf4(packed, 256, 64, 64, np.ones(256, "f4"), None, None, 0, 0.0)
     over = packed[: 8 * 256 * 4].view("f4").reshape(8, 256)
     with pytest.raises(ValueError, match="out: expected memory of its own, got memory shared with"):
-        le.ops.chosen().nf4_linear(np.ones((8, 64), "f4"), held, None, None, None, None, over, None)
+        chosen().nf4_linear(np.ones((8, 64), "f4"), held, None, None, None, None, over, None)
     assert not packed.any()
 
 
