@@ -199,7 +199,7 @@ class DeltaTrial(Trial):
 
     def variants(self, choice: Any) -> Iterator[Any]:
         dtype = self.case.dtype
-        return lora_delta.variants_of(choice, dtype, dtype, device_of(None))
+        yield from lora_delta.variants_of(choice, dtype, dtype, device_of(None))
 
     def _choice(self, given: dict[str, int]) -> Any:
         return lora_delta.Tiling(**given)
@@ -255,7 +255,7 @@ class BatchedTrial(Trial):
 
     def variants(self, choice: Any) -> Iterator[Any]:
         dtype = self.case.dtype
-        return batched_lora_delta.variants_of(choice, dtype, dtype, device_of(None))
+        yield from batched_lora_delta.variants_of(choice, dtype, dtype, device_of(None))
 
     def _choice(self, given: dict[str, int]) -> Any:
         return batched_lora_delta.Choice(**given)
@@ -289,7 +289,7 @@ class Nf4Trial(Trial):
 
     def variants(self, choice: Any) -> Iterator[Any]:
         aligned = self.case.shape.in_features % 32 == 0
-        return nf4_linear.variants_of(
+        yield from nf4_linear.variants_of(
             choice, self.case.rows, self.case.dtype, self.how, aligned, device_of(None)
         )
 
