@@ -25,7 +25,7 @@ ROW = Form(16, 1, 1024, 2, Config(4, 1))
 FEW, SOME = Form(64, 16, 128, 4, Config(4, 1)), Form(64, 64, 64, 2, Config(4, 1))
 MANY, WIDE = Form(64, 128, 64, 1, Config(8, 2)), Form(64, 256, 64, 1, Config(8, 2))
 FEW_IEEE, IEEE = Form(64, 16, 64, 2, Config(4, 1)), Form(64, 64, 32, 1, Config(4, 1))
-UNALIGNED = Form(32, 32, 32, 2, Config(4, 1))
+UNALIGNED = Form(32, 32, 32, 2, Config(4, 1, registers=128))
 
 
 def how_of(x: torch.dtype, compute: str | None, aligned: bool) -> str:
