@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from threading import local
+from threading import Lock, local
 from types import ModuleType
 from typing import Any
 
@@ -51,7 +51,9 @@ class Compilers:
         self.environment.pop("TRITON_INTERPRET", None)
         self.threads = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 16))
         self.own = local()
+        self.lock = Lock()  # a process is in started, or none is started any more
         self.started: list[subprocess.Popen] = []
+        self.closed = False
 
     def submit(self, module: str, device: str, index: int, plain: bool) -> Future[dict[str, Any]]:
         job = {"module": module, "device": device, "index": index, "plain": plain, "tuned": FULL}
@@ -75,19 +77,24 @@ class Compilers:
         return {"problems": [why], "seconds": time.monotonic() - begun}
 
     def _start(self) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, str(self.script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=self.environment,
-            text=True,
-            start_new_session=True,  # a group of its own, to end with what it started
-        )
-        self.started.append(process)
+        with self.lock:
+            if self.closed:
+                raise RuntimeError("closed while a compiler was to be started")
+            process = subprocess.Popen(
+                [sys.executable, str(self.script)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=self.environment,
+                text=True,
+                start_new_session=True,  # a group of its own, to end with what it started
+            )
+            self.started.append(process)
         return process
 
     def close(self) -> None:
         """Leaves no process behind, whatever they were at."""
+        with self.lock:
+            self.closed = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for process in self.started:
             with suppress(ProcessLookupError):
@@ -231,6 +238,20 @@ def test_a_compiler_that_dies_or_hangs_is_told_and_ended(tmp_path: Path) -> None
         compilers.close()
     assert time.monotonic() - begun < 60
     assert all(process.returncode is not None for process in compilers.started)
+
+
+def test_closed_while_compilers_are_being_started(tmp_path: Path) -> None:
+    script = tmp_path / "hangs.py"
+    script.write_text("import time\ntime.sleep(600)\n")
+    begun = time.monotonic()
+    for pause in (0, 0.001, 0.002, 0.004, 0.008):
+        compilers = Compilers(tmp_path, script)
+        futures = [compilers.submit("m", "sm_90", 0, False) for _ in range(40)]
+        time.sleep(pause)
+        compilers.close()
+        assert all(future.done() for future in futures)
+        assert all(process.returncode is not None for process in compilers.started)
+    assert time.monotonic() - begun < 60
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="launches are checked in the interpreter")
