@@ -10,15 +10,28 @@ struct PackMemory {
   Scratch<uint16_t> halves;
 };
 
+// Of columns that lie one behind another, N elements each: a stride that the compiler knows is
+// a shuffle of vectors.
+template <int N, class T>
+void pack_columns(const T *from, int64_t width, T *to, int64_t stride) {
+  for (int64_t j = 0; j < width; ++j)
+    for (int i = 0; i < N; ++i) to[i * stride + j] = from[j * N + i];
+}
+
 template <class T>
-void pack(const Rows &m, T *to) {
+void pack(const Rows &m, T *to, int64_t stride) {
   const T *from = reinterpret_cast<const T *>(m.data);
+  if (m.row_stride == 1 && m.col_stride == m.n) {
+    if (m.n == 2) return pack_columns<2>(from, m.width, to, stride);
+    if (m.n == 4) return pack_columns<4>(from, m.width, to, stride);
+    if (m.n == 8) return pack_columns<8>(from, m.width, to, stride);
+  }
   constexpr int64_t kBlock = 64;  // columns at a time: a transpose reads each line once
   for (int64_t j0 = 0; j0 < m.width; j0 += kBlock) {
     int64_t j1 = std::min(j0 + kBlock, m.width);
     for (int64_t i = 0; i < m.n; ++i)
       for (int64_t j = j0; j < j1; ++j)
-        to[i * m.width + j] = from[i * m.row_stride + j * m.col_stride];
+        to[i * stride + j] = from[i * m.row_stride + j * m.col_stride];
   }
 }
 
@@ -30,15 +43,34 @@ const char *packed_rows(const Rows &m, PackMemory &memory, int64_t *stride) {
     *stride = m.row_stride * size;
     return m.data;
   }
-  *stride = m.width * size;
+  // Rows a power of two apart would evict each other from the cache.
+  int64_t step = m.width + 64 / size;
+  *stride = step * size;
   if (m.dtype == LE_FLOAT32) {
-    float *to = memory.words.get(m.n * m.width);
-    pack(m, to);
+    float *to = memory.words.get(m.n * step);
+    pack(m, to, step);
     return reinterpret_cast<const char *>(to);
   }
-  uint16_t *to = memory.halves.get(m.n * m.width);
-  pack(m, to);
+  uint16_t *to = memory.halves.get(m.n * step);
+  pack(m, to, step);
   return reinterpret_cast<const char *>(to);
+}
+
+// Rank 2 and few rows: B is read as it lies, [out, 2], where packing it would take longer than
+// the rest.
+constexpr int64_t kFewRows = 2;
+bool as_pairs(const Shape &shape, const Rows &b) {
+  return b.width == 2 && b.col_stride == 1 && b.row_stride == 2 && shape.x.n <= kFewRows &&
+         shape.y.contiguous_rows();
+}
+
+void run_pairs(const Shape &shape, const Tile &tile, const Rows &b, const Term &term) {
+  float h[2 * kFewRows];
+  Buffers &memory = buffers();
+  shrink_terms(shape, tile, tile_inputs(shape, tile, memory), &term, 1, 0, 2, h, 2, memory);
+  for (int64_t i = 0; i < tile.m; ++i)
+    shape.kernels->expand_pairs[shape.dtype][shape.y.dtype](
+        h + 2 * i, b.data, b.n, shape.y.row(tile.rows[i]), shape.accumulate);
 }
 
 }  // namespace
@@ -57,14 +89,16 @@ void lora_delta(Context &context, const le_array *x, const le_array *A, const le
 
   static thread_local PackMemory a_memory, b_memory;
   static thread_local Scratch<int64_t> row_memory;
+  const int64_t *rows = row_numbers(shape.x.n, row_memory);
+  int64_t a_stride, bt_stride;
+  const char *down = packed_rows(a, a_memory, &a_stride);
+  if (as_pairs(shape, b))
+    return run_pairs(shape, {rows, shape.x.n}, b, {down, nullptr, a_stride, 0, 2, scaling});
   Rows bt = b;
   std::swap(bt.n, bt.width);
   std::swap(bt.row_stride, bt.col_stride);
-  int64_t a_stride, bt_stride;
-  const char *down = packed_rows(a, a_memory, &a_stride);
   const char *up = packed_rows(bt, b_memory, &bt_stride);
   Term term{down, up, a_stride, bt_stride, a.n, scaling};
-  const int64_t *rows = row_numbers(shape.x.n, row_memory);
   int64_t step = context.tile_rows(), tiles = (shape.x.n + step - 1) / step;
   int64_t bytes = shape.x.n * a.n * (a.width + b.n) * dtype_size(a.dtype);
   run_tiles(context, shape, tiles, bytes, [&](int64_t index, auto &&run) {

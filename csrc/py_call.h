@@ -34,6 +34,7 @@ le_status run(const Array &x, int64_t elements, Call &&call) {
 void bind_pool(nb::module_ &m);
 void bind_ops(nb::module_ &m);
 void bind_nf4(nb::module_ &m);
+void bind_torch(nb::module_ &m);
 
 // Of a Pool; NULL for None.
 le_pool *pool_handle(nb::handle pool);

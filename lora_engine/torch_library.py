@@ -16,8 +16,9 @@ host would have to wait to know it, the gradient of its rows is NaN. Whatever el
 grad is refused.
 
 Each op has a kernel of its own under autograd's key, in place of torch.library's
-register_autograd, which knows no op that writes to its arguments and took 8 us a call where
-nothing is recorded; this takes under 1.
+register_autograd, which knows no op that writes to its arguments and takes longer where nothing
+is recorded. lora_delta's on the CPU are in C++ (csrc/py_torch.cpp) where this torch has what
+they need.
 """
 
 from __future__ import annotations
@@ -28,16 +29,25 @@ from typing import Any
 import torch
 from torch.library import Library
 
+from lora_engine import _C
 from lora_engine.backends import backend_of, chosen
 
 Tensor = torch.Tensor
 _library = Library("lora_engine", "DEF")  # type: ignore[no-untyped-call]
 defined = torch.ops.lora_engine
 _modes = torch._C._len_torch_dispatch_stack  # of fake tensors, tracing, a user's own
+_unseen = torch._C._disabled_torch_dispatch_impl
 _any_requires_grad = torch._C._any_requires_grad
 
 
 # ---- how an op is defined ----
+
+
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    """Whether no tensor is of a class that wants to see the call."""
+    return all(
+        type(value).__torch_dispatch__ is _unseen for value in args if isinstance(value, Tensor)
+    )
 
 
 def _record(call: Any, function: Any, recorded: tuple[str, ...], args: tuple[Any, ...]) -> Any:
@@ -60,15 +70,17 @@ def define(
     fake: Callable[..., Any],
     function: Any = None,
     recorded: tuple[str, ...] = (),
+    in_core: Callable[..., bool] = lambda compute, under_autograd: False,
 ) -> None:
-    """Defines an op. function: gives the gradients of the arguments ``recorded``."""
+    """Defines an op. function: gives the gradients of the arguments ``recorded``. in_core:
+    registers kernels in C++ for the CPU, which leave to these what they do not take, or not."""
     name = _library.define(schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
     call = getattr(defined, name).default
 
     def under_autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and _any_requires_grad(*args):
             return _record(call, function, recorded, args)
-        if type(args[0]) is Tensor and not _modes():
+        if not _modes() and _are_plain(args):
             return compute(*args)  # what the dispatcher would call next
         with torch._C._AutoDispatchBelowAutograd():
             return call(*args)
@@ -79,7 +91,7 @@ def define(
         beside(name, tensors[0][1], **dict(tensors))
         return fake(*args)
 
-    for device in ("CPU", "CUDA"):
+    for device in ("CUDA",) if in_core(compute, under_autograd) else ("CUDA", "CPU"):
         _library.impl(name, compute, device)  # type: ignore[no-untyped-call]
         _library.impl(name, under_autograd, "Autograd" + device)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"lora_engine::{name}", shaped, lib=_library)
@@ -109,6 +121,12 @@ def wide(x: Tensor, width: Any) -> Tensor:
 
 def _lora_delta(x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Any:
     return chosen(x.is_cuda).lora_delta(x, A, B, scaling, None, False)  # backend_of, inlined
+
+
+def _in_core(compute: Any, under_autograd: Any) -> bool:
+    """Registers the kernels of csrc/py_torch.cpp, where this torch has what they need."""
+    module, aoti = torch._C.__file__, torch._C._aoti
+    return _C.register_lora_delta(module, aoti, compute, under_autograd)
 
 
 def _float_product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
@@ -145,6 +163,7 @@ define(
     lambda x, A, B, scaling: wide(x, B.shape[0]),
     _LoraDelta,
     ("x", "A", "B"),
+    _in_core,
 )
 
 

@@ -2,6 +2,8 @@
 // after vec.h's macros and names its table with LE_TABLE.
 #pragma once
 
+#include <algorithm>
+
 #include "fisher_bodies.h"
 #include "nf4_bodies.h"
 #include "vec.h"
@@ -151,6 +153,35 @@ void expand(int64_t m, int64_t terms, const float *c, int64_t ldc, const void *c
   for (; i < m; ++i) expand_rows<TB, TY, 1, 8>(terms, c + i * ldc, ldc, b, n, y + i, accumulate);
 }
 
+// ---- expand_pairs: rank 2, whose columns lie side by side ---------------------
+
+template <class TB, class TY>
+LE_INLINE void pairs_at(F c0, F c1, const TB *b, TY *y, int accumulate) {
+  F acc = fma_pairs(c0, c1, load(b), load(b + W));
+  store(y, accumulate ? load(y) + acc : acc);
+}
+
+template <class TB, class TY>
+void expand_pairs(const float *c, const void *pairs, int64_t n, void *out, int accumulate) {
+  const TB *b = static_cast<const TB *>(pairs);
+  TY *y = static_cast<TY *>(out);
+  const F c0 = set1(c[0]), c1 = set1(c[1]);
+  int64_t at = 0;
+  for (; at + 2 * W <= n; at += 2 * W) {
+    pairs_at(c0, c1, b + 2 * at, y + at, accumulate);
+    pairs_at(c0, c1, b + 2 * at + 2 * W, y + at + W, accumulate);
+  }
+  for (; at < n; at += W) {
+    int64_t left = std::min<int64_t>(n - at, W);
+    TB part[2 * W] = {};
+    TY sums[W] = {};
+    copy_part(part, b + 2 * at, 2 * left);
+    copy_part(sums, y + at, accumulate ? left : 0);
+    pairs_at(c0, c1, part, sums, accumulate);
+    copy_part(y + at, sums, left);
+  }
+}
+
 // ---- update -----------------------------------------------------------------
 
 template <class T, bool EWC>
@@ -226,6 +257,9 @@ const Kernels LE_TABLE = {
     {{expand<float, float>, expand<float, Bf16>, expand<float, Fp16>},
      {expand<Bf16, float>, expand<Bf16, Bf16>, expand<Bf16, Fp16>},
      {expand<Fp16, float>, expand<Fp16, Bf16>, expand<Fp16, Fp16>}},
+    {{expand_pairs<float, float>, expand_pairs<float, Bf16>, expand_pairs<float, Fp16>},
+     {expand_pairs<Bf16, float>, expand_pairs<Bf16, Bf16>, expand_pairs<Bf16, Fp16>},
+     {expand_pairs<Fp16, float>, expand_pairs<Fp16, Bf16>, expand_pairs<Fp16, Fp16>}},
     {update<float>, update<Bf16>, update<Fp16>},
     {widen<float>, widen<Bf16>, widen<Fp16>},
     {round<float>, round<Bf16>, round<Fp16>},

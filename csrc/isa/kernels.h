@@ -20,6 +20,9 @@ using ShrinkFn = void (*)(int64_t m, const float *const *x, int64_t r, const voi
 using ExpandFn = void (*)(int64_t m, int64_t terms, const float *c, int64_t ldc,
                           const void *const *b, int64_t n, void *const *y, int accumulate);
 
+// The same for one row of y and two terms whose elements alternate: b [n, 2]. Bit for bit the same.
+using ExpandPairsFn = void (*)(const float *c, const void *b, int64_t n, void *y, int accumulate);
+
 // theta' = (decay theta - coef vec + penalty F anchor) / (1 + penalty F) for n
 // elements; without fisher the penalty is 0. Storage of 16 bits is rounded
 // stochastically by hash(key, element + i).
@@ -52,11 +55,12 @@ constexpr int kNumDtypes = 3;  // LE_FLOAT32, LE_BFLOAT16, LE_FLOAT16
 
 struct Kernels {
   const char *name;
-  ShrinkFn shrink[kNumDtypes];              // [dtype of a]
-  ExpandFn expand[kNumDtypes][kNumDtypes];  // [dtype of b][dtype of y]
-  UpdateFn update[kNumDtypes];              // [dtype of theta]
-  WidenFn widen[kNumDtypes];                // [dtype of src]
-  RoundFn round[kNumDtypes];                // [dtype of dst]
+  ShrinkFn shrink[kNumDtypes];                         // [dtype of a]
+  ExpandFn expand[kNumDtypes][kNumDtypes];             // [dtype of b][dtype of y]
+  ExpandPairsFn expand_pairs[kNumDtypes][kNumDtypes];  // the same
+  UpdateFn update[kNumDtypes];                         // [dtype of theta]
+  WidenFn widen[kNumDtypes];                           // [dtype of src]
+  RoundFn round[kNumDtypes];                           // [dtype of dst]
   Nf4Kernels nf4;
   AccumulateSquaresFn accumulate_squares[kNumDtypes][kNumDtypes];  // [dtype of F][dtype of g]
   ProjectFn project;

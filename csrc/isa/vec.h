@@ -158,6 +158,32 @@ LE_INLINE void copy_part(T *p, const T *part, int64_t n) {
   std::memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
 }
 
+// c0 v[2i] + c1 v[2i + 1] over two vectors v that lie one behind the other: split within parts of
+// four lanes, which takes a cycle, and put in order once, behind the sums.
+LE_INLINE F fma_pairs(F c0, F c1, F low, F high) {
+  constexpr int P = W / 4;
+  S even, order;
+  for (int i = 0; i < W; ++i) {
+    int pair = i / 2, part = pair < P ? 2 * pair : 2 * (pair - P) + 1;
+    even[i] = i / 4 * 4 + i % 2 * 2 + i % 4 / 2 * W;
+    order[i] = 2 * part + i % 2;
+  }
+  S odd = even + 1;
+#ifdef __clang__
+  F e, o, sum, ordered;
+  for (int i = 0; i < W; ++i) {
+    e[i] = even[i] < W ? low[even[i]] : high[even[i] - W];
+    o[i] = odd[i] < W ? low[odd[i]] : high[odd[i] - W];
+  }
+  sum = fma(c1, o, fma(c0, e, F{}));
+  for (int i = 0; i < W; ++i) ordered[i] = sum[order[i]];
+  return ordered;
+#else
+  F e = __builtin_shuffle(low, high, even), o = __builtin_shuffle(low, high, odd);
+  return __builtin_shuffle(fma(c1, o, fma(c0, e, F{})), order);
+#endif
+}
+
 // Lanes added in a fixed tree.
 LE_INLINE float sum(F v) {
   float lane[W];

@@ -102,6 +102,10 @@ def chosen(gpu: bool = False) -> Any:
         from lora_engine.backends import cpu_tuned
 
         cpu_tuned.apply()
+    if not gpu:
+        from lora_engine import _C
+
+        _C.core_is_chosen(backend is _C)
     return backend
 
 
