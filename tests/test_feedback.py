@@ -183,5 +183,7 @@ def test_bad_target_is_named(name, error, match, x, value):
     "feedback", [le.Feedback(), le.Feedback.from_gradient(None)], ids=["bare", "None"]
 )
 def test_feedback_made_of_nothing_is_refused(feedback):
-    with pytest.raises(ValueError, match="expected one of from_gradient or from_target"):
+    with pytest.raises(
+        ValueError, match="expected one of from_gradient, from_target or from_quality"
+    ):
         trained().adapt(np.ones((2, 6), "f4"), feedback, "q", lr=0.1)

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_engine import ops
 from lora_engine.adapters.config import MicroLoRAConfig
+from lora_engine.adapters.exploration import Baseline, Explorer, checked_sigma
 from lora_engine.adapters.pending import PendingGradient
 from lora_engine.adapters.pool import AdapterPool
 from lora_engine.backends import chosen
@@ -19,6 +20,7 @@ from lora_engine.backends import chosen
 if TYPE_CHECKING:
     from lora_engine.learning.feedback import Feedback
 
+QUALITY_MAX_NORM = 1.0  # of gA and gB together, in a step by quality
 _NO_ROWS = "x has no rows: nothing was learned"
 _APPLIED = ops.APPLIED
 _new = tuple.__new__  # a third of the cost of a NamedTuple's own constructor
@@ -50,6 +52,7 @@ class _Module(PendingGradient):
         self.out = pool.out_features
         self.dropout_key = zlib.crc32(name.encode())
         self.steps = 0  # adapts so far
+        self.baseline = Baseline()
 
 
 class MicroLoRA:
@@ -65,7 +68,9 @@ class MicroLoRA:
         self._modules: dict[str, _Module] = {}
         self._dropout = config.dropout
         self._step: tuple[float | None, Any] = (None, None)  # the last lr, and its step
+        self._quality_step: tuple[float | None, Any] = (None, None)
         self._peft_config: dict[str, Any] = {}
+        self._explorer = Explorer(config.seed)
         rng = np.random.default_rng(config.seed)
         pools: dict[tuple[int, int], AdapterPool] = {}
         for name in config.target_modules:
@@ -91,14 +96,28 @@ class MicroLoRA:
 
     # ---- serving ------------------------------------------------------------
 
-    def forward(self, x: Any, module: str, out: Any = None) -> Any:
+    def forward(
+        self,
+        x: Any,
+        module: str,
+        out: Any = None,
+        explore: float | None = None,
+        return_trace: bool = False,
+    ) -> Any:
         """The delta of a module, scaling B (A x): [out] or [n, out], in ``out`` if given.
+
+        explore: a standard deviation; normal noise of it is added to every element, so that
+        ``Feedback.from_quality`` has a direction to learn from. With return_trace the result
+        is (delta, trace), to give to it; without, this thread's last trace of the module is
+        kept for it.
 
         A torch x that requires grad, of any number of dimensions, is differentiated
         through, and the backward pass adds the adapter's gradient to what
         ``apply_updates`` applies.
         """
         m = self._modules.get(module) or self._module(module)
+        if explore is not None or return_trace:
+            return self._explore(x, module, out, explore, return_trace)
         if type(x) is not np.ndarray and getattr(x, "requires_grad", False):
             return self._forward_autograd(x, m, out)
         return m.storage.forward_slot(x, m.slot, out, False, False, m.out)
@@ -109,6 +128,16 @@ class MicroLoRA:
         if y is None:
             raise ValueError("MicroLoRA.forward_add: y: expected an array [n, out], got none")
         return m.storage.forward_slot(x, m.slot, y, True, False, m.out)
+
+    def _explore(
+        self, x: Any, module: str, out: Any, explore: float | None, return_trace: bool
+    ) -> Any:
+        sigma = checked_sigma("MicroLoRA.forward", explore)
+        delta, trace = self._explorer.explore(self.forward(x, module, out), module, sigma)
+        if not return_trace:
+            return delta
+        self._explorer.take(module)
+        return delta, trace
 
     def _forward_autograd(self, x: Any, m: _Module, out: Any) -> Any:
         import torch
@@ -132,9 +161,9 @@ class MicroLoRA:
     ) -> AdaptResult:
         """Learns from feedback on the output of ``forward(x, module)``.
 
-        With lr, one step at once (several rows: of their mean gradient); without,
-        the gradient is kept for ``apply_updates``. Where the gradient holds NaN
-        or Inf nothing changes and the result says so.
+        With lr, one step at once (several rows: of their mean gradient; by a quality: clipped
+        to a norm of 1); without, the gradient is kept for ``apply_updates``. Where the
+        gradient holds NaN or Inf nothing changes and the result says so.
         """
         start = perf_counter()
         m = self._modules.get(module) or self._module(module)
@@ -144,22 +173,58 @@ class MicroLoRA:
             got = type(feedback).__name__
             raise TypeError(f"MicroLoRA.adapt: feedback: expected a Feedback, got {got}") from None
         if grad is None:
+            if feedback.quality is not None:
+                return self._adapt_quality(x, feedback, module, m, lr)
             grad = feedback.output_gradient(self, x, module)
+        kept, step = self._step  # read once: other threads may step with another lr
+        if lr is not None and kept != lr:
+            step = self._step_of(lr)
+        outcome, norm = self._take_gradient(x, grad, m, lr, step)
+        if outcome == _APPLIED:
+            note = ""
+        else:
+            note = _NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
+        latency = (perf_counter() - start) * 1e6
+        return _new(AdaptResult, (outcome == _APPLIED, note, latency, norm))
+
+    def _adapt_quality(
+        self, x: Any, feedback: Feedback, module: str, m: _Module, lr: float | None
+    ) -> AdaptResult:
+        """Learns from a quality, then updates the module's baseline."""
+        start = perf_counter()
+        last = None
+        if feedback.trace is None and feedback.output is None:
+            last = self._explorer.take(module)
+        grad, why = feedback.quality_gradient(self, x, module, m.baseline.value, last)
+        if grad is None:
+            outcome, norm = ops.NO_ADAPTER, 0.0
+        else:
+            outcome, norm = self._take_gradient(x, grad, m, lr, self._quality_step_of(lr))
+            why = ops.NOTES[outcome]
+        m.baseline.update(feedback.quality)
+        return AdaptResult(outcome == _APPLIED, why, (perf_counter() - start) * 1e6, norm)
+
+    def _take_gradient(
+        self, x: Any, grad: Any, m: _Module, lr: float | None, step: Any
+    ) -> tuple[int, float]:
+        """Steps by a gradient, or keeps it where lr is None: (outcome, its norm)."""
         if self._dropout:
             x = self._dropped(x, m)
         if lr is None:
             outcome, norm, rows = m.accumulate(x, grad)
             norm /= max(rows, 1)
         else:
-            kept, step = self._step  # read once: other threads may step with another lr
-            outcome, norm = m.adapt_slot(x, grad, m.slot, step if kept == lr else self._step_of(lr))
-        if outcome == _APPLIED:
-            m.steps += 1
-            note = ""
-        else:
-            note = _NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
-        latency = (perf_counter() - start) * 1e6
-        return _new(AdaptResult, (outcome == _APPLIED, note, latency, norm))
+            outcome, norm = m.adapt_slot(x, grad, m.slot, step)
+        m.steps += outcome == _APPLIED
+        return outcome, norm
+
+    def _quality_step_of(self, lr: float | None) -> Any:
+        """A step of bounded length: noise that nothing answers to would else grow without end."""
+        kept, step = self._quality_step
+        if lr is not None and kept != lr:
+            step = ops.make_step(chosen(), lr, max_norm=QUALITY_MAX_NORM)
+            self._quality_step = (lr, step)
+        return step
 
     def _step_of(self, lr: float) -> Any:
         """Makes the step of a learning rate, and keeps it for the next call."""
@@ -246,14 +311,16 @@ class MicroLoRA:
         self._set_tensors(_files().from_bytes(data, "import_weights")[0], "import_weights")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """A PEFT adapter folder, and beside it the engine's own state (step counts).
+        """A PEFT adapter folder, and beside it the engine's own state (steps, baselines).
 
         The folder is replaced whole: a kill leaves the old one or the new. Whatever
         else it holds is kept; PEFT ignores the state file. Raises OSError, and
         ValueError for the working folder, which cannot be replaced.
         """
         steps = {name: m.steps for name, m in self._modules.items()}
-        content = _files().Folder(self.config, self._tensors(), steps, self._peft_config)
+        baselines = {name: m.baseline.value for name, m in self._modules.items()}
+        known = {name: value for name, value in baselines.items() if value is not None}
+        content = _files().Folder(self.config, self._tensors(), steps, known, self._peft_config)
         _files().save(folder, content)
 
     @classmethod
@@ -268,7 +335,7 @@ class MicroLoRA:
         lora = cls(content.config)
         lora._set_tensors(content.tensors, os.fspath(folder))
         lora._peft_config = content.peft_config
-        for name, steps in content.steps.items():
-            if name in lora._modules:
-                lora._modules[name].steps = steps
+        for name, m in lora._modules.items():
+            m.steps = content.steps.get(name, 0)
+            m.baseline = Baseline(content.baselines.get(name))
         return lora

@@ -177,6 +177,7 @@ class Folder(NamedTuple):
     config: MicroLoRAConfig
     tensors: Tensors
     steps: dict[str, int]  # adapts of each module
+    baselines: dict[str, float]  # the mean quality of each module, where there is one
     peft_config: dict[str, Any]  # as read, with keys the engine has no use for
 
 
@@ -189,6 +190,7 @@ def save(folder: str | os.PathLike[str], content: Folder) -> None:
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "seed": config.seed,
         "gradient_checkpointing": config.gradient_checkpointing,
+        "baselines": content.baselines,
     }
     state = {name: np.array([steps], np.int64) for name, steps in content.steps.items()}
 
@@ -266,8 +268,8 @@ def _to_config(
 
 def _read_state(
     source: str, data: bytes, weights: bytes, config: MicroLoRAConfig
-) -> tuple[MicroLoRAConfig, dict[str, int]]:
-    """The config with the engine's own values and the step counts, if of these weights."""
+) -> tuple[MicroLoRAConfig, dict[str, int], dict[str, float]]:
+    """The config with the engine's own values, step counts and baselines, if of these weights."""
     try:
         state, metadata = from_bytes(data, source)
         own = read_json(metadata.get(STATE_KEY, "").encode(), f"{source}: {STATE_KEY}")
@@ -278,11 +280,25 @@ def _read_state(
         for name, count in state.items():
             if count.shape != (1,) or count.dtype != np.int64 or count[0] < 0:
                 raise FormatError(f"{source}: {short(name)}: expected a step count")
-        return config, {name: int(count[0]) for name, count in state.items()}
+        steps = {name: int(count[0]) for name, count in state.items()}
+        return config, steps, _read_baselines(source, own)
     except ValueError as error:
         why = error if isinstance(error, FormatError) else f"{source}: {error}"
         warnings.warn(f"engine state dropped: {why}", stacklevel=4)
-        return config, {}
+        return config, {}, {}
+
+
+def _read_baselines(source: str, own: dict[str, Any]) -> dict[str, float]:
+    found = own.get("baselines", {})
+    if not isinstance(found, dict):
+        raise FormatError(f"{source}: baselines: expected an object, got {short(repr(found))}")
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise FormatError(
+                f"{source}: baselines: {short(name)}: expected a number in 0..1,"
+                f" got {short(repr(value))}"
+            )
+    return {name: float(value) for name, value in found.items()}
 
 
 def load(folder: str | os.PathLike[str]) -> Folder:
@@ -302,7 +318,9 @@ def load(folder: str | os.PathLike[str]) -> Folder:
     config = _to_config(str(path / CONFIG_FILE), raw, factors)
     check_modules(factors, config, source)
     steps: dict[str, int] = {}
+    baselines: dict[str, float] = {}
     if STATE_FILE in files:
         state = files[STATE_FILE]
-        config, steps = _read_state(str(path / STATE_FILE), state, files[WEIGHTS_FILE], config)
-    return Folder(config, tensors, steps, raw)
+        source = str(path / STATE_FILE)
+        config, steps, baselines = _read_state(source, state, files[WEIGHTS_FILE], config)
+    return Folder(config, tensors, steps, baselines, raw)
