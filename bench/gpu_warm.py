@@ -28,11 +28,11 @@ def warm(case: Case) -> None:
         for build in case.contenders.values():
             try:
                 build(data).calls[0]()
+                torch.cuda.synchronize()
             except Absent:
                 continue
             except Exception:
                 traceback.print_exc()
-    torch.cuda.synchronize()
 
 
 def _start(part: int, parts: int) -> subprocess.Popen[Any]:
@@ -63,8 +63,11 @@ def main(part: int, parts: int) -> None:
     from bench.gpu_cases import CASES
 
     for case in CASES[part::parts]:
-        warm(case)
-        release()
+        try:
+            warm(case)
+            release()
+        except Exception:  # no memory for its data, say
+            traceback.print_exc()
         print(f"{time.process_time():.0f} s: {case.name}", flush=True)
 
 

@@ -63,6 +63,12 @@ def test_every_op_has_a_case():
     }  # fmt: skip
 
 
+def test_the_most_important_come_first():
+    ops = dict.fromkeys(case.op.split(" ")[0] for case in CASES)
+    first = ["batched_lora_delta", "lora_delta", "nf4_linear", "batched_adapt", "fisher_accumulate"]
+    assert list(ops)[:5] == first
+
+
 def test_cases_are_sound():
     assert len(NAMED) == len(CASES)
     for case in CASES:
