@@ -19,8 +19,7 @@ TESTS = gpu_build.ROOT / "tests"
 EXCLUDED = {"test_triton_compile", "test_triton_launch"}
 # Needs no GPU: it looks torch's symbols up at run time, in a torch that may be tested here alone.
 DISPATCH, REGISTERED = "test_torch_dispatch", "test_registered_in_the_core"
-# No plugin but pytest's own: what else is installed on that machine is nothing to the op tests,
-# nor is what libraries warn of.
+# What libraries warn of on that machine says nothing about an op.
 PYTEST = (sys.executable, "-u", "-m", "pytest", "-p", "no:cacheprovider", "-W", "default")
 GREEN, RED, UNFINISHED, NOT_RUN = "green", "red", "unfinished", "not run"
 _LINE = re.compile(r"^(?:tests/)?(test_\w+)\.py::(\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
@@ -34,6 +33,7 @@ def files() -> list[str]:
 
 
 def environment() -> dict[str, str]:
+    """Of pytest alone: the tests need no plugin, and one that is there may break them."""
     return {**gpu_build.environment(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
 
 
