@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,9 +10,8 @@ import torch
 
 import lora_engine as le
 from bench import gpu_check as check
-from bench.case import absent
 from bench.gpu_baseline import zero_shrink_expand
-from bench.gpu_case import DEVICE, FEATURES, Absent, Timed
+from bench.gpu_case import DEVICE, FEATURES, Timed, peer
 
 SCALING = 2.0
 PADDED = 16  # the rank that zeroing + shrink + expand pads to, at least
@@ -161,19 +161,18 @@ def single_torch(data: Rows) -> Timed:
 
 def single_peft(data: Rows) -> Timed:
     """The part of PEFT's layer that is not the base layer."""
-    if why := absent("peft"):
-        raise Absent(why)
-    import peft
-
+    peft = peer("peft")
     rank, dtype, name = data.A.shape[1], data.A.dtype, "default"
     config = peft.LoraConfig(r=rank, lora_alpha=int(SCALING * rank), target_modules=["q_proj"])
 
+    base = torch.nn.utils.skip_init(torch.nn.Linear, FEATURES, FEATURES, bias=False)
+    model = peft.inject_adapter_in_model(config, torch.nn.ModuleDict({"q_proj": base}))
+    injected: Any = model.get_submodule("q_proj").requires_grad_(False).eval()
+    injected.base_layer = None
+    injected = injected.to(DEVICE, dtype)
+
     def layer(i: int) -> Any:
-        base = torch.nn.utils.skip_init(torch.nn.Linear, FEATURES, FEATURES, bias=False)
-        model = peft.inject_adapter_in_model(config, torch.nn.ModuleDict({"q_proj": base}))
-        made: Any = model.get_submodule("q_proj").requires_grad_(False).eval()
-        made.base_layer = None
-        made = made.to(DEVICE, dtype)
+        made = copy.deepcopy(injected)  # PEFT takes a second for hundreds of them
         made.lora_A[name].weight.copy_(data.A[i])
         made.lora_B[name].weight.copy_(data.B[i])
         return made

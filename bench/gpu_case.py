@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, NamedTuple
 
-from bench.case import OURS
+from bench.case import OURS, absent
 
 DEVICE = "cuda"
 FEATURES = 4096
@@ -17,6 +18,18 @@ MOST_SETS = 512
 
 class Absent(Exception):
     """A peer that is not there, and why."""
+
+
+def peer(module: str) -> Any:
+    """The module of a peer, or Absent: not installed, or not for this machine."""
+    package = module.split(".")[0]
+    if why := absent(package):
+        raise Absent(why)
+    try:
+        return import_module(module)
+    except Exception as failed:  # of a library for another CUDA, say
+        said = " ".join(f"{type(failed).__name__}: {failed}".split())[:200]
+        raise Absent(f"{package} cannot be imported: {said}") from failed
 
 
 class Timed(NamedTuple):

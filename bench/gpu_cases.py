@@ -192,11 +192,11 @@ def _ewc_step() -> Iterator[Case]:
         )  # fmt: skip
 
 
-# What the design has targets for comes first, should the time not do for all.
+# The most important first, should the time not do for all.
 CASES = tuple(
     case
     for family in (
-        _batched, _nf4_linear, _fisher, _lora_delta, _adapt, _ewc_step, _nf4_format,
+        _batched, _lora_delta, _nf4_linear, _adapt, _fisher, _ewc_step, _nf4_format,
     )
     for case in family()
 )  # fmt: skip

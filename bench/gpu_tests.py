@@ -7,38 +7,47 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_build
+from bench import gpu_build, gpu_process
+from bench.gpu_time import Budget
 
 TESTS = gpu_build.ROOT / "tests"
 # Of the interpreter or of no device: nothing of them says whether an op is right on a GPU.
 EXCLUDED = {"test_triton_compile", "test_triton_launch"}
+# Needs no GPU: it looks torch's symbols up at run time, in a torch that may be tested here alone.
+DISPATCH, REGISTERED = "test_torch_dispatch", "test_registered_in_the_core"
+# What libraries warn of on that machine says nothing about an op.
+PYTEST = (sys.executable, "-u", "-m", "pytest", "-p", "no:cacheprovider", "-W", "default")
 GREEN, RED, UNFINISHED, NOT_RUN = "green", "red", "unfinished", "not run"
 _LINE = re.compile(r"^(?:tests/)?(test_\w+)\.py::(\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
+_ID = re.compile(r"^(?:tests/)?(test_\w+\.py::.+)$")
 _REASON = re.compile(r"^(?:FAILED|ERROR) (?:tests/)?(test_\w+)\.py(?:::\S+)?(?: - (.*))?$")
 
 
 def files() -> list[str]:
-    return sorted(p.stem for p in TESTS.glob("test_triton_*.py") if p.stem not in EXCLUDED)
+    found = (p.stem for p in TESTS.glob("test_triton_*.py") if p.stem not in EXCLUDED)
+    return [*sorted(found), DISPATCH]
 
 
-def collect(names: Iterable[str]) -> tuple[list[str], str]:
-    """Ids of the tests, and why there are none."""
-    command = (
-        sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
-        *(f"{name}.py" for name in names),
-    )  # fmt: skip
-    done = subprocess.run(
-        command, cwd=TESTS, env=gpu_build.environment(), capture_output=True, text=True
-    )
-    lines = done.stdout.splitlines()
-    ids = [line.removeprefix("tests/") for line in lines if "::" in line and ".py" in line]
-    if done.returncode or not ids:
-        said = [line for line in (*lines, *done.stderr.splitlines()) if line.strip()]
-        return [], " / ".join(said[-3:])
-    return ids, ""
+def environment() -> dict[str, str]:
+    """Of pytest alone: the tests need no plugin, and one that is there may break them."""
+    return {**gpu_build.environment(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+
+
+def collect(names: Iterable[str], seconds: float) -> tuple[list[str], str]:
+    """Ids of the tests, and why some file has none."""
+    if absent := [name for name in ("pytest", "hypothesis") if not find_spec(name)]:
+        return [], f"{' and '.join(absent)} not installed"
+    command = (*PYTEST, "--collect-only", "-q", *(f"{name}.py" for name in names))
+    code, said = gpu_process.run(command, seconds, TESTS, environment())
+    ids = [match[1] for line in said if (match := _ID.match(line))]
+    if code == 0 and ids:
+        return ids, ""
+    told = [line for line in said if not _ID.match(line)]
+    return ids, "not all tests were collected: " + " / ".join(told[-4:])[:1000]
 
 
 def shards(ids: Sequence[str], count: int) -> list[list[str]]:
@@ -96,23 +105,28 @@ def _status(counts: dict[str, Any]) -> str:
     return GREEN if counts["passed"] else NOT_RUN
 
 
+def registered(output: str) -> bool | None:
+    """Whether lora_delta's kernels in C++ are what torch calls; None where its test did not end."""
+    match = re.search(rf"{DISPATCH}\.py::{REGISTERED} (PASSED|FAILED)", output)
+    return match[1] == "PASSED" if match else None
+
+
 def run(
-    folder: Path, processes: int, seconds: float, progress: Callable[[str], None]
-) -> tuple[dict[str, dict[str, Any]], str]:
-    """Status by file, and why nothing was run. Stops the processes it started when the
-    seconds are over, and on an exception."""
-    ids, why = collect(files())
-    if why:
-        return {}, why
+    folder: Path, processes: int, budget: Budget, progress: Callable[[str], None]
+) -> tuple[dict[str, dict[str, Any]], str, bool | None]:
+    """Status by file, why a file is not among them, and whether the kernels in C++ are
+    registered. Stops the processes it started when the budget is spent, and on an exception."""
+    ids, why = collect(files(), budget.left)
+    if not ids:
+        return {}, why, None
     folder.mkdir(parents=True, exist_ok=True)
     parts = shards(ids, processes)
     logs = [folder / f"tests-{i}.log" for i in range(len(parts))]
     running: list[subprocess.Popen[bytes]] = []
-    until = time.monotonic() + seconds
     try:
         for part, log in zip(parts, logs, strict=True):
             running.append(_start(part, log))
-        while any(p.poll() is None for p in running) and time.monotonic() < until:
+        while any(p.poll() is None for p in running) and budget.left:
             time.sleep(1.0)
             progress(f"tests: {_counted(logs)} of {len(ids)}")
         crashed = {
@@ -122,22 +136,18 @@ def run(
         }
     finally:
         for process in running:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-    return summarise(ids, "\n".join(_read(log) for log in logs), crashed), ""
+            gpu_process.stop(process)
+    output = "\n".join(_read(log) for log in logs)
+    return summarise(ids, output, crashed), why, registered(output)
 
 
 def _start(part: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    # What libraries warn of on that machine says nothing about an op.
-    command = (
-        sys.executable, "-u", "-m", "pytest", "-v", "--tb=short", "--color=no", "-p",
-        "no:cacheprovider", "-W", "default", *part,
-    )  # fmt: skip
+    command = (*PYTEST, "-v", "--tb=short", "--color=no", *part)
     with open(log, "wb") as file:
-        return subprocess.Popen(
-            command, cwd=TESTS, env=gpu_build.environment(), stdout=file, stderr=subprocess.STDOUT
-        )
+        return gpu_process.start(
+            command, cwd=TESTS, env=environment(), stdin=subprocess.DEVNULL, stdout=file,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
 
 def _read(log: Path) -> str:

@@ -59,9 +59,14 @@ class Graph:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for call in calls:
-                call()
+        gc.collect()
+        gc.disable()  # what it would free meanwhile, an old graph say, breaks a capture
+        try:
+            with torch.cuda.graph(self.graph):
+                for call in calls:
+                    call()
+        finally:
+            gc.enable()
         self.replays = max(1, round(SAMPLE_MS / max(self._sample(1) * self.count / 1e3, 1e-3)))
 
     def replay(self) -> None:

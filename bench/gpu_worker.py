@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Mapping
 from typing import Any
@@ -19,13 +20,12 @@ def measure(case: Case, found: Mapping[str, float]) -> dict[str, Any]:
 
     with torch.no_grad():
         data = case.make(case.sets)
-        graphs, states, launches = {}, {}, None
+        graphs, states, ours = {}, {}, None
         for name, build in case.contenders.items():
             try:
                 timed = build(data)
                 graphs[name] = captured(timed)
-                if name == OURS:
-                    launches = launches_of(timed.calls[0])
+                ours = timed if name == OURS else ours
             except Absent as why:
                 states[name] = {"status": "absent", "why": str(why)}
             except Exception as failed:
@@ -34,6 +34,7 @@ def measure(case: Case, found: Mapping[str, float]) -> dict[str, Any]:
                 states[name] = {"status": "failed", "why": said(failed)}
                 torch.cuda.synchronize()  # raises where nothing can be timed any more
         times = interleaved(graphs)
+        launches = launches_of(ours.calls[0])  # after the times: a profiler may stay attached
     return numbers(case, found, times, states, launches)
 
 
@@ -44,7 +45,10 @@ def numbers(
     states: Mapping[str, Any],
     launches: int | None,
 ) -> dict[str, Any]:
-    """The row of times in microseconds a call."""
+    """The row of times in microseconds a call; RuntimeError where they cannot be."""
+    for name, values in times.items():
+        if not all(math.isfinite(us) and us > 0 for us in values):
+            raise RuntimeError(f"{name}: the events gave times that cannot be: {min(values):g} us")
     ours = summary(times[OURS])
     floor = case.nbytes / found["copy_gb_s"] / 1e3 + found["empty_kernel_us"]
     timed = {name: {"status": "measured", **summary(values)} for name, values in times.items()}
@@ -73,7 +77,7 @@ def _broken() -> bool:
         release()
         torch.cuda.synchronize()
         torch.ones(1, device="cuda").item()
-    except RuntimeError:
+    except Exception:
         return True
     return False
 
@@ -86,12 +90,14 @@ def serve(pipe: Any) -> None:
     try:
         while (request := pipe.recv()) is not None:
             index, found = request
+            row, why = None, ""
             try:
                 row = probes() if index == PROBES else measure(CASES[index], found)
-                pipe.send((row, ""))
             except Exception as failed:
-                pipe.send((None, said(failed)))
-            if _broken():
+                why = said(failed)
+            broken = _broken()
+            pipe.send((row, why, broken))
+            if broken:
                 return
     except (EOFError, KeyboardInterrupt):
         return
@@ -117,17 +123,19 @@ class Worker:
             if not self._pipe.poll(seconds):
                 self.stop()
                 raise RuntimeError(f"took more than {seconds:.0f} s and was stopped")
-            row, why = self._pipe.recv()
+            row, why, broken = self._pipe.recv()
         except (EOFError, OSError) as gone:
             self.stop()
             raise RuntimeError("its process ended without an answer") from gone
+        if broken:
+            self.stop()
         if row is None:
-            self._process.join(2.0)  # a broken one ends by itself
             raise RuntimeError(why)
         return row
 
     def stop(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.join()
+            self._process.join(5.0)
+            self._pipe.close()
             self._process = None

@@ -8,6 +8,7 @@ in a case's rounds, so that the floor is measured beside what it is compared wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -31,10 +32,11 @@ def cache_bytes() -> dict[str, int]:
     """{"L1": ..., "L2": ..., "L3": ...} of the data caches of CPU 0, from /sys."""
     sizes = {}
     for folder in Path(_CACHES).glob("index*"):
-        if (folder / "type").read_text().strip() != "Instruction":
-            size = (folder / "size").read_text().strip()
-            level = "L" + (folder / "level").read_text().strip()
-            sizes[level] = int(size[:-1]) * _UNITS[size[-1]]
+        with suppress(OSError, ValueError, LookupError):  # a virtual machine's may say nothing
+            if (folder / "type").read_text().strip() != "Instruction":
+                size = (folder / "size").read_text().strip()
+                level = "L" + (folder / "level").read_text().strip()
+                sizes[level] = int(size[:-1]) * _UNITS[size[-1]]
     return dict(sorted(sizes.items()))
 
 

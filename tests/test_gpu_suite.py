@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_build, gpu_tests, gpu_worker
+from bench import gpu, gpu_tests, gpu_warm, gpu_worker
 from bench import gpu_case as sizes
 from bench.case import OURS
 from bench.gpu_cases import BASELINE, BITSANDBYTES, CASES, DENSE
@@ -60,6 +61,12 @@ def test_every_op_has_a_case():
         "lora_delta", "batched_lora_delta", "batched_adapt", "nf4_quantize", "nf4_dequantize",
         "nf4_linear", "fisher_accumulate", "lora_fisher", "lora_fisher_factors", "ewc_step",
     }  # fmt: skip
+
+
+def test_the_most_important_come_first():
+    ops = dict.fromkeys(case.op.split(" ")[0] for case in CASES)
+    first = ["batched_lora_delta", "lora_delta", "nf4_linear", "batched_adapt", "fisher_accumulate"]
+    assert list(ops)[:5] == first
 
 
 def test_cases_are_sound():
@@ -215,7 +222,8 @@ def test_ctrl_c_leaves_what_there_is(monkeypatch):
 
     monkeypatch.setattr(gpu, "Worker", Stopped)
     monkeypatch.setattr(gpu, "describe", dict)
-    monkeypatch.setattr(gpu_tests, "run", lambda *_: (GREEN, ""))
+    monkeypatch.setattr(gpu_tests, "run", lambda *_: (GREEN, "", True))
+    monkeypatch.setattr(gpu_warm, "beside", lambda *_: contextlib.nullcontext())
     budget = Budget(9.0, Clock())
     result = gpu.run(CASES, budget, gpu.Progress(9, budget))
     assert result["interrupted"] is True
@@ -290,12 +298,6 @@ def test_shards_have_one_file_each_and_every_test():
     assert sorted(itertools.chain(*parts)) == sorted(ids)
     assert len(parts) == 10
     assert all(len({gpu_tests.file_of(t) for t in part}) == 1 for part in parts)
-
-
-def test_a_folder_without_wheels_is_said(monkeypatch, tmp_path):
-    monkeypatch.setenv(gpu_build.WHEELS, str(tmp_path))
-    with pytest.raises(gpu_build.BuildError, match="no wheels are there"):
-        gpu_build._install_wheels()
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
