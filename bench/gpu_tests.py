@@ -14,7 +14,7 @@ from bench import gpu_build
 
 TESTS = gpu_build.ROOT / "tests"
 # Of the interpreter or of no device: nothing of them says whether an op is right on a GPU.
-EXCLUDED = {"test_triton_compile", "test_triton_launch"}
+EXCLUDED = {"test_triton_compile", "test_triton_launch", "test_triton_tuning"}
 GREEN, RED, UNFINISHED, NOT_RUN = "green", "red", "unfinished", "not run"
 _LINE = re.compile(r"^(?:tests/)?(test_\w+)\.py::(\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
 _REASON = re.compile(r"^(?:FAILED|ERROR) (?:tests/)?(test_\w+)\.py(?:::\S+)?(?: - (.*))?$")
