@@ -14,7 +14,7 @@ class Made:
     """A trial whose times and faults are given."""
 
     def __init__(self, times: dict[int, Any]) -> None:
-        self.times, self.tried = times, []
+        self.times, self.tried, self.timed = times, [], []
 
     def problem(self, choice: dict[str, int]) -> str:
         self.tried.append(choice["warps"])
@@ -24,6 +24,7 @@ class Made:
         return found if isinstance(found, str) else ""
 
     def seconds(self, choice: dict[str, int]) -> float:
+        self.timed.append(choice["warps"])
         return float(self.times[choice["warps"]])
 
 

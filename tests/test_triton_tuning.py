@@ -33,8 +33,13 @@ def test_what_was_tuned_is_what_the_ops_look_up(monkeypatch, tmp_path):
 
     monkeypatch.setenv("LORA_ENGINE_TUNED", str(tmp_path))
     monkeypatch.setattr(gpu.Trial, "problem", lambda self, choice: "")
-    times = (2.0**-i for i in range(1000))
-    jobs = list(gpu.jobs([Shape(32, 70)], [3], [2], ["float16"], timer=lambda call, c: next(times)))
+    times: dict[Any, float] = {}
+
+    def each_is_quicker(call: Any, copies: int) -> float:
+        trial = call.__self__
+        return times.setdefault((trial, trial.tunable._forced), 2.0 ** -len(times))
+
+    jobs = list(gpu.jobs([Shape(32, 70)], [3], [2], ["float16"], timer=each_is_quicker))
     device = tunable.identity(None)
     held = search.Record(tmp_path / tuned.file_name(device), device, tunable.versions())
     search.run(jobs, held, lambda job, new: None)
@@ -79,3 +84,32 @@ def test_a_kernel_that_is_wrong_or_of_other_bits_is_found(monkeypatch, tmp_path)
     for candidate, why in found.wrong.items():
         words = "error" if "rows=16" in candidate else "other bits than the heuristic's"
         assert why.startswith(words), (candidate, why)
+
+
+def test_bits_are_held_to_the_heuristics_and_not_to_a_tuned_files(monkeypatch, tmp_path):
+    from lora_engine.tuning import gpu
+
+    call = gpu.DeltaTrial.call
+
+    def spoil(self: Any, i: int) -> Any:
+        y = call(self, i)
+        if self.tunable._forced is None:  # what a tuned file chose, say
+            y[-1, 0] *= 1 + 2**-22
+        return y
+
+    monkeypatch.setattr(gpu.DeltaTrial, "call", spoil)
+    jobs = gpu.jobs([Shape(32, 70)], [3], [2], ["float32"], timer=lambda call, copies: 1.0)
+    (found,) = run(tmp_path, next(jobs))
+    assert found.wrong == {}
+
+
+def test_a_device_that_fails_while_data_are_made_is_lost(monkeypatch):
+    from lora_engine.tuning import gpu
+
+    def fails(self: Any, rng: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access\nat ...")
+
+    monkeypatch.setattr(gpu.DeltaTrial, "_prepare", fails)
+    made = next(gpu.jobs([Shape(32, 70)], [3], [2], ["float32"]))
+    with pytest.raises(search.DeviceLost, match="the device failed: CUDA error"):
+        made.make()

@@ -131,7 +131,7 @@ def tune(
     new = 0
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=console, auto_refresh=False) as bar:
-        task = bar.add_task(device["name"], total=sum(len(job.candidates) for job in jobs))
+        task = bar.add_task(device["name"], total=sum(len(job.candidates) + 1 for job in jobs))
 
         def progress(job: search.Job, measured: bool) -> None:
             nonlocal new
@@ -158,10 +158,11 @@ def _report(outcomes: Sequence[Any], path: Path, console: Any) -> None:
 
     from lora_engine.tuning.search import label
 
-    table = Table("case", "heuristic, us", "tuned, us", "choice", title=str(path))
+    table = Table("case", "heuristic, us", "tuned, us", "faster, p10", "choice", title=str(path))
     for found in outcomes:
-        times = (f"{t:.2f}" if t else "wrong" for t in (found.heuristic_us, found.best_us))
-        table.add_row(found.key, *times, label(found.choice) if found.choice else "none is right")
+        times = (f"{t:.2f}" if t else "-" for t in (found.heuristic_us, found.best_us))
+        ratio = f"{found.ratio:.2f}x" if found.ratio else "-"
+        table.add_row(found.key, *times, ratio, label(found.choice) if found.choice else "none")
     console.print(table)
     for found in outcomes:
         for candidate, problem in found.wrong.items():
