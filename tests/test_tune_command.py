@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import lora_engine as le
 from lora_engine import _C, cli
 from lora_engine.backends import cpu_tuned
 from lora_engine.kernels import tuned
-from lora_engine.tuning import command, cpu
+from lora_engine.tuning import command, cpu, search
 
 TUNES = """
 import os, sys, time
@@ -59,7 +60,7 @@ def test_a_stopped_command_goes_on_where_it_was(tmp_path, how):
     stopped.send_signal(how)
     _, err = stopped.communicate(timeout=60)
     path = tmp_path / "one.json"
-    assert sorted(tmp_path.iterdir()) == [path]
+    assert {p.name for p in tmp_path.iterdir()} == {"one.json", ".one.json.lock"}
     assert list(json.loads(path.read_text())["measured"]["c"]) == ["warps=1", "warps=2"]
     if how == signal.SIGINT:
         assert stopped.returncode == 130
@@ -71,6 +72,57 @@ def test_a_stopped_command_goes_on_where_it_was(tmp_path, how):
     assert (after.returncode, out) == (0, "tries 4\ntries 8\n")
     assert json.loads(path.read_text())["choices"] == {"k": {"warps": 8}}
     assert "warps=8" in err
+
+
+def test_two_tunes_of_one_file_are_refused(tmp_path):
+    first = tuning(tmp_path, hangs_at=2)
+    for want in ("tries 1\n", "tries 2\n"):
+        assert first.stdout.readline() == want
+    second = tuning(tmp_path, hangs_at=0)
+    out, err = second.communicate(timeout=60)
+    assert (second.returncode, out) == (2, "")
+    assert err == f"tune: {tmp_path / 'one.json'}: another tune is running on this file\n"
+    first.kill()
+    first.communicate(timeout=60)
+    assert list(json.loads((tmp_path / "one.json").read_text())["measured"]["c"]) == ["warps=1"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/none"])
+def test_a_folder_that_cannot_be_written_is_told_first(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    ran = tuning(tmp_path / place, hangs_at=0)
+    out, err = ran.communicate(timeout=60)
+    assert (ran.returncode, out) == (2, ""), err
+    assert err.startswith(f"tune: {tmp_path / place / 'one.json'}: cannot be written: ")
+    assert err.count("\n") == 1
+
+
+def test_a_disk_that_is_full_is_told(tmp_path, monkeypatch, capsys):
+    from rich.console import Console
+
+    class Fills:
+        def problem(self, choice: dict[str, int]) -> str:
+            monkeypatch.setattr(search.atomic, "replace_file", full)
+            return ""
+
+        def seconds(self, choice: dict[str, int]) -> float:
+            return 1e-6
+
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("LORA_ENGINE_TUNED", str(tmp_path))
+    jobs = [search.Job("k", "c", ({"warps": 1},), Fills)]
+    assert command.tune(jobs, {"name": "one"}, {"v": "1"}, Console()) == 2
+    assert "cannot be written: [Errno 28] No space left" in capsys.readouterr().err
+
+
+def test_a_user_without_a_home_must_name_a_folder(monkeypatch, capsys):
+    for name in ("LORA_ENGINE_TUNED", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert cli.main(["tune", "--shape", "8,8"]) == 2
+    assert "name a folder in LORA_ENGINE_TUNED" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -90,14 +142,15 @@ def test_without_a_gpu_the_cpu_is_tuned_and_it_is_said(quick, monkeypatch, capsy
     assert cli.main(["tune", "--shape", "33,40", "--rank", "2"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "No GPU tuned: none."
-    (path,) = quick.iterdir()
+    (path,) = quick.glob("*.json")
     assert path.name == tuned.file_name(cpu_tuned.identity())
     content = json.loads(path.read_text())
     assert content["device"] == {
         "kind": "cpu", "name": cpu_tuned.identity()["name"], "isa": _C.isa(),
         "cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
-    assert content["versions"] == {"lora_engine": le.__version__}
+    core = tuned.digest([Path(_C.__file__)])
+    assert content["versions"] == {"lora_engine": le.__version__, "core": core}
     (case,) = content["measured"]
     assert "33x40 rank 2" in case
     last = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,10 @@ def test_a_config_that_cannot_be_used_says_why(tmp_path, content, says):
         shapes.from_config(config(tmp_path, content))
     assert "config.json" in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    for path in (tmp_path, tmp_path / "config.json", Path("/dev/zero")):
+        with pytest.raises(OSError, match="expected a regular file"):
+            shapes.from_config(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from typing import Any
 
@@ -55,7 +56,7 @@ def applied(monkeypatch, tmp_path, untuned):
 
     def apply(**changes: Any) -> tuple[list[Any], list[str]]:
         content = {
-            "format": 1, "device": cpu_tuned.identity(), "versions": tuned.versions(),
+            "format": 1, "device": cpu_tuned.identity(), "versions": cpu_tuned.versions(),
             "choices": {"cpu": {"bytes_per_thread": 49152, "tile_rows": 8}}, "measured": {},
         }  # fmt: skip
         path = tmp_path / tuned.file_name(cpu_tuned.identity())
@@ -81,6 +82,8 @@ def test_a_tuned_cpu_is_set(applied):
     [
         {"device": {"kind": "cpu", "name": "another"}},
         {"versions": {"lora_engine": "0"}},
+        {"versions": {"lora_engine": le.__version__}},
+        {"versions": {"lora_engine": le.__version__, "core": "0" * 16}},
         {"choices": {"cpu": {"bytes_per_thread": 1, "tile_rows": 8}}},
         {"choices": {"cpu": {"bytes_per_thread": 49152}}},
         {"choices": {"cpu": {"bytes_per_thread": 49152, "tile_rows": [8]}}},
@@ -112,3 +115,26 @@ def test_the_file_is_read_at_the_first_op_and_not_at_import(tmp_path):
     ran = run_python("-c", FIRST_USE, LORA_ENGINE_TUNED=str(tmp_path), LORA_ENGINE_BACKEND="")
     assert (ran.returncode, ran.stdout) == (0, "imported\n"), ran.stderr
     assert ran.stderr.count("not used: it cannot be read") == 1
+    assert ran.stderr.startswith("<string>:10: UserWarning: ")  # the line that called the op
+
+
+def test_a_pipe_in_the_files_place_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / tuned.file_name(cpu_tuned.identity()))
+    ran = run_python("-c", FIRST_USE, LORA_ENGINE_TUNED=str(tmp_path), LORA_ENGINE_BACKEND="")
+    assert (ran.returncode, ran.stdout) == (0, "imported\n"), ran.stderr
+    assert ran.stderr.count("expected a regular file") == 1
+
+
+NO_HOME = """
+import pwd
+def unknown(uid):
+    raise KeyError(uid)
+pwd.getpwuid = unknown
+"""
+
+
+@pytest.mark.parametrize("tuned_in", ["", "/dev/null", "/dev/null/x", "x" * 300])
+def test_without_a_folder_ops_run(tuned_in):
+    ran = run_python("-c", NO_HOME + FIRST_USE, HOME="", XDG_CACHE_HOME="",
+                     LORA_ENGINE_TUNED=tuned_in, LORA_ENGINE_BACKEND="")  # fmt: skip
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "imported\n", "")

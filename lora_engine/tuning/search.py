@@ -6,8 +6,11 @@ What is tried and how it is timed is given: nothing here knows a device.
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import quantiles
@@ -22,6 +25,10 @@ PAIRS = 21  # of a comparison: were it a coin's throw, one in 9000 would be kept
 
 class DeviceLost(RuntimeError):
     """The device takes no more work from this process; the same command goes on in another."""
+
+
+class NoFile(RuntimeError):
+    """The file cannot be had: another tune has it, or it cannot be written."""
 
 
 class Unmade(RuntimeError):
@@ -64,6 +71,25 @@ class Outcome(NamedTuple):
     wrong: dict[str, str]
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Holds the lock beside a file: two that each rewrite it whole would lose one's work. A
+    kill releases it; the empty lock file stays. Raises NoFile."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise NoFile(f"{path}: cannot be written: {error}") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NoFile(f"{path}: another tune is running on this file") from None
+        yield
+    finally:
+        os.close(lock)
+
+
 class Record:
     """The file of one device: choices, and all that was measured. Each change is on disk, whole,
     when the call that made it returns."""
@@ -92,13 +118,16 @@ class Record:
         return found
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Raises NoFile."""
         data = (json.dumps(self.content, indent=1) + "\n").encode()
 
         def write(file: BinaryIO) -> None:
             file.write(data)
 
-        atomic.replace_file(self.path, write)
+        try:
+            atomic.replace_file(self.path, write)
+        except OSError as error:
+            raise NoFile(f"{self.path}: cannot be written: {error}") from None
 
 
 def _is_result(value: Any) -> bool:
