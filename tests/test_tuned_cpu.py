@@ -16,6 +16,8 @@ import lora_engine as le
 from lora_engine import _C
 from lora_engine.backends import cpu_tuned
 from lora_engine.kernels import tuned
+from lora_engine.tuning import cpu
+from lora_engine.tuning.shapes import Shape
 
 
 @pytest.fixture
@@ -138,3 +140,28 @@ def test_without_a_folder_ops_run(tuned_in):
     ran = run_python("-c", NO_HOME + FIRST_USE, HOME="", XDG_CACHE_HOME="",
                      LORA_ENGINE_TUNED=tuned_in, LORA_ENGINE_BACKEND="")  # fmt: skip
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "imported\n", "")
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "says"),
+    [
+        (lambda y: y * (1 + np.float32(2**-22)), "other bits than the heuristic's"),
+        (lambda y: y * 2, "error 0."),
+        (lambda y: y * np.nan, "error nan"),
+    ],
+    ids=["a bit", "twice", "NaN"],
+)
+def test_a_candidate_that_changes_the_core_s_result_is_dropped(monkeypatch, spoiled, says):
+    now, call = [0, 0], cpu._Case.call
+
+    def spoil(case: Any) -> None:
+        call(case)
+        if now[1] == 8 and len(case.x) == 64:
+            case.y[:] = spoiled(case.y)
+
+    monkeypatch.setattr(_C, "set_tuning", lambda *given: now.__setitem__(slice(None), given))
+    monkeypatch.setattr(cpu._Case, "call", spoil)
+    trial = cpu.job([Shape(33, 40)], [2]).make()
+    for choice in cpu.CANDIDATES[:5]:
+        found = trial.problem(choice)
+        assert found.startswith(says) if choice["tile_rows"] == 8 else found == ""
