@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from lora_engine.backends import cpu_tuned
 from lora_engine.kernels import tuned
 from lora_engine.tuning import command, cpu, search
 
+ROOT = Path(__file__).parents[1]
 TUNES = """
 import os, sys, time
 from rich.console import Console
@@ -196,3 +198,16 @@ def test_nothing_to_tune_exits_2(capsys, tmp_path):
         assert cli.main(["tune", *args]) == 2
         out, err = capsys.readouterr()
         assert (says in err, out) == (True, "")
+
+
+def test_a_checkout_that_is_not_built_says_what_to_do(tmp_path):
+    """As where lora_engine is installed, and the folder one is in holds its sources alone."""
+    shutil.copytree(ROOT / "bench", tmp_path / "bench", ignore=lambda *_: {"results"})
+    (tmp_path / "lora_engine").mkdir()
+    (tmp_path / "lora_engine" / "__init__.py").write_text("from lora_engine import _C\n")
+    command = [sys.executable, "-S", "-m", "bench.tune", "--shape", "8,8"]  # -S: none installed
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "Traceback" not in ran.stderr
+    assert "pip install -e '.[bench]'" in ran.stderr
