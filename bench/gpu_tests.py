@@ -16,7 +16,7 @@ from bench.gpu_time import Budget
 
 TESTS = gpu_build.ROOT / "tests"
 # Of the interpreter or of no device: nothing of them says whether an op is right on a GPU.
-EXCLUDED = {"test_triton_compile", "test_triton_launch"}
+EXCLUDED = {"test_triton_compile", "test_triton_launch", "test_triton_tuning"}
 # Needs no GPU: it looks torch's symbols up at run time, in a torch that may be tested here alone.
 DISPATCH, REGISTERED = "test_torch_dispatch", "test_registered_in_the_core"
 # What libraries warn of on that machine says nothing about an op.

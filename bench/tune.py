@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from lora_engine.cli import main
+try:
+    from lora_engine.cli import main
+except ImportError as missing:
+    sys.exit(
+        f"bench.tune: this checkout's lora_engine cannot be imported ({missing}): run"
+        " pip install -e '.[bench]' here, or `lora-engine tune`, which takes the installed one"
+    )
 
 if __name__ == "__main__":
     sys.exit(main(["tune", *sys.argv[1:]]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,8 +39,14 @@ def identity(index: int | None) -> dict[str, Any]:
     return {"name": name, "arch": device.name, "processors": device.processors}
 
 
+@cache
+def _digest() -> str:
+    return tuned.digest(Path(__file__).parent.glob("*.py"))
+
+
 def versions() -> dict[str, str]:
-    return tuned.versions(torch, triton)
+    """Of the engine, torch, Triton, and the kernels' sources."""
+    return {**tuned.versions(torch, triton), "kernels": _digest()}
 
 
 def _text(value: Any) -> str:

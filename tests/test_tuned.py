@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pwd
 import warnings
 from collections.abc import Iterator
 from itertools import product
@@ -106,6 +107,7 @@ REFUSED = {
     "fewer processors": content(device=tunable.identity(None) | {"processors": 66}),
     "another engine": content(versions=tunable.versions() | {"lora_engine": "0.0.9"}),
     "another triton": content(versions=tunable.versions() | {"triton": "3.5.0"}),
+    "other kernels": content(versions=tunable.versions() | {"kernels": "0" * 16}),
     "no versions": content(versions={}),
     "no such rows": content(choices={KEY: CHOICE | {"rows": 64}}),
     "no power of two": content(choices={KEY: CHOICE | {"columns": 100}}),
@@ -128,6 +130,7 @@ def test_what_is_refused_is_told_once_and_not_used(why, places):
         assert chosen() == lora_delta._heuristic(None, 9)
     assert [str(w.message).split(": ")[1] for w in caught] == ["not used"]
     assert str(places[0]) in str(caught[0].message)
+    assert caught[0].filename == __file__  # it points at who called
 
 
 def test_no_file_is_no_warning(places, monkeypatch):
@@ -166,6 +169,27 @@ def test_where_the_users_folder_is(monkeypatch):
         assert tuned.folder() == Path(want, "lora_engine", "tuned")
     monkeypatch.setenv("LORA_ENGINE_TUNED", "/t")
     assert tuned.folder() == Path("/t")
+
+
+def test_a_user_without_a_home_has_no_folder(monkeypatch):
+    for name in ("LORA_ENGINE_TUNED", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert tuned.folder() is None
+    assert tuned.folders() == [tuned.PACKAGED]
+    tuned.forget()
+    lora_delta.TILING.forget()
+    assert chosen() == lora_delta._heuristic(None, 9)
+
+
+def test_kernels_that_change_are_other_versions(tmp_path):
+    kernels = Path(tuned.__file__).parent
+    assert tunable.versions()["kernels"] == tuned.digest(kernels.glob("*.py"))
+    found = set()
+    for name, data in (("a", b""), ("a", b"1"), ("b", b"1"), ("a", b"2")):
+        (tmp_path / name).write_bytes(data)
+        found.add(tuned.digest(tmp_path.iterdir()))
+    assert len(found) == 4
 
 
 def test_a_file_is_named_after_its_device():

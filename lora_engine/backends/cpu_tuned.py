@@ -30,12 +30,23 @@ def identity() -> dict[str, Any]:
     return {"kind": "cpu", "name": name, "isa": _C.isa() or "none", "cores": cores or 1}
 
 
+def versions() -> dict[str, str]:
+    """Of the engine, and the built core."""
+    return {**tuned.versions(), "core": tuned.digest([Path(_C.__file__)])}
+
+
+def _holds_a_cpus(place: Path) -> bool:
+    try:
+        return any(re.fullmatch(r"cpu-.*\.json", name) for name in os.listdir(place))
+    except OSError:
+        return False
+
+
 def apply() -> None:
     """Reads the file where there is one, and sets the core."""
-    places = (tuned.folder(), tuned.PACKAGED)
-    if not any(next(place.glob("cpu-*.json"), None) for place in places):
+    if not any(map(_holds_a_cpus, tuned.folders())):
         return  # nothing is measured on any CPU: not worth asking which this is
-    entry, path = tuned.choice(KEY, identity(), tuned.versions())
+    entry, path = tuned.choice(KEY, identity(), versions())
     if not entry:
         return
     size, rows = entry.get("bytes_per_thread"), entry.get("tile_rows")

@@ -91,7 +91,6 @@ def _no_gpu() -> str:
 
 def _tune_cpu(shapes: Sequence[Shape], ranks: Sequence[int], console: Any) -> int:
     from lora_engine.backends import cpu_tuned, find
-    from lora_engine.kernels import tuned
     from lora_engine.tuning import cpu
 
     try:
@@ -99,7 +98,7 @@ def _tune_cpu(shapes: Sequence[Shape], ranks: Sequence[int], console: Any) -> in
     except RuntimeError as why:
         print(f"tune: {why}", file=sys.stderr)
         return 1
-    return tune([cpu.job(shapes, ranks)], cpu_tuned.identity(), tuned.versions(), console)
+    return tune([cpu.job(shapes, ranks)], cpu_tuned.identity(), cpu_tuned.versions(), console)
 
 
 def _tune_gpu(
@@ -120,18 +119,38 @@ def tune(
     jobs: Sequence[Any], device: dict[str, Any], versions: dict[str, str], console: Any
 ) -> int:
     """Runs the jobs of a device with a progress bar, into its file; returns the exit status."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
     from lora_engine.kernels import tuned
     from lora_engine.tuning import search
 
-    record = search.Record(tuned.folder() / tuned.file_name(device), device, versions)
-    if record.refused:
-        console.print(f"{record.path}: begun anew: {record.refused}", highlight=False, markup=False)
+    folder = tuned.folder()
+    if folder is None:
+        print("tune: this user has no home: name a folder in LORA_ENGINE_TUNED", file=sys.stderr)
+        return 2
+    path = folder / tuned.file_name(device)
+    try:
+        with search.alone(path):
+            record = search.Record(path, device, versions)
+            if record.refused:
+                text = f"{path}: begun anew: {record.refused}"
+                console.print(text, highlight=False, markup=False)
+            record.save()  # what cannot be written is told before anything is measured
+            return _run(jobs, record, console)
+    except search.NoFile as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(jobs: Sequence[Any], record: Any, console: Any) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from lora_engine.tuning import search
+
     new = 0
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=console, auto_refresh=False) as bar:
-        task = bar.add_task(device["name"], total=sum(len(job.candidates) for job in jobs))
+        task = bar.add_task(
+            record.content["device"]["name"], total=sum(len(job.candidates) + 1 for job in jobs)
+        )
 
         def progress(job: search.Job, measured: bool) -> None:
             nonlocal new
@@ -158,10 +177,11 @@ def _report(outcomes: Sequence[Any], path: Path, console: Any) -> None:
 
     from lora_engine.tuning.search import label
 
-    table = Table("case", "heuristic, us", "tuned, us", "choice", title=str(path))
+    table = Table("case", "heuristic, us", "tuned, us", "faster, p10", "choice", title=str(path))
     for found in outcomes:
-        times = (f"{t:.2f}" if t else "wrong" for t in (found.heuristic_us, found.best_us))
-        table.add_row(found.key, *times, label(found.choice) if found.choice else "none is right")
+        times = (f"{t:.2f}" if t else "-" for t in (found.heuristic_us, found.best_us))
+        ratio = f"{found.ratio:.2f}x" if found.ratio else "-"
+        table.add_row(found.key, *times, ratio, label(found.choice) if found.choice else "none")
     console.print(table)
     for found in outcomes:
         for candidate, problem in found.wrong.items():

@@ -82,6 +82,15 @@ def _host(t: torch.Tensor) -> Any:
     return t.detach().double().cpu().numpy()
 
 
+def _on_device(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except RuntimeError as error:
+        if "CUDA error" in str(error) or "an illegal" in str(error):
+            raise DeviceLost(f"the device failed: {str(error).splitlines()[0]}") from None
+        raise
+
+
 class Trial:
     """A case with its data. What differs from op to op: ``_prepare``, ``call``, ``expected``,
     ``variants``, ``tunable`` and whether a row's bits are its own (``own_bits``)."""
@@ -89,8 +98,8 @@ class Trial:
     tunable: Tunable
     own_bits = True
 
-    def __init__(self, case: Case, timer: Timer) -> None:
-        self.case, self.timer = case, timer
+    def __init__(self, case: Case, heuristic: Any, timer: Timer) -> None:
+        self.case, self.heuristic, self.timer = case, heuristic, timer
         rng = np.random.default_rng(0)
         n, (wide, out) = case.rows, case.shape
         size = case.dtype.itemsize * n * (wide + out) + self.weight_bytes(case)
@@ -121,24 +130,16 @@ class Trial:
         self.y[0].fill_(float("nan"))
         return self.call(0).clone()
 
-    def _on_device(self, work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except RuntimeError as error:
-            if "CUDA error" in str(error) or "an illegal" in str(error):
-                raise DeviceLost(f"the device failed: {str(error).splitlines()[0]}") from None
-            raise
-
     def problem(self, given: dict[str, int]) -> str:
         choice = self._choice(given)
         found = _compile_problems(self.variants(choice))
         if found:
             return found
         if self.own_bits and self._bits is None:
-            with self.tunable.forced(None):
-                self._bits = self._on_device(self._run)
+            with self.tunable.forced(self.heuristic):
+                self._bits = _on_device(self._run)
         with self.tunable.forced(choice):
-            y = self._on_device(self._run)
+            y = _on_device(self._run)
         rows, values, size = self._truth
         error = np.linalg.norm(_host(y[rows]) - values) / np.linalg.norm(size)
         allowed = TOLERANCE[self.case.dtype]
@@ -150,7 +151,7 @@ class Trial:
 
     def seconds(self, given: dict[str, int]) -> float:
         with self.tunable.forced(self._choice(given)):
-            return float(self._on_device(lambda: self.timer(self.call, self.copies)))
+            return float(_on_device(lambda: self.timer(self.call, self.copies)))
 
     @cached_property
     def _truth(self) -> tuple[Any, Any, Any]:
@@ -304,7 +305,12 @@ def _job(kind: type[Trial], case: Case, of_key: tuple[Any, ...], timer: Timer) -
     rest = (c for c in tunable.space(index, n, *of_key) if c != first)
     candidates = tuple(c._asdict() for c in (first, *rest))
     key = tunable.key(n, *of_key)
-    return Job(key, f"{key}; {n} rows, rank {case.rank}", candidates, lambda: kind(case, timer))
+
+    def make() -> Trial:
+        made: Trial = _on_device(lambda: kind(case, first, timer))
+        return made
+
+    return Job(key, f"{key}; {n} rows, rank {case.rank}", candidates, make)
 
 
 def jobs(

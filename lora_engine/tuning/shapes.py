@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_engine.errors import FormatError
+from lora_engine.kernels.tuned import open_regular
 from lora_engine.safetensors_file import is_count, read_json
 
 MAX_CONFIG = 1 << 20  # bytes
@@ -51,7 +52,7 @@ def from_config(path: Path) -> list[Shape]:
     OSError.
     """
     file = path / "config.json" if path.is_dir() else path
-    with open(file, "rb") as opened:
+    with open_regular(file) as opened:
         data = opened.read(MAX_CONFIG + 1)
     source = str(file)
     if len(data) > MAX_CONFIG:
