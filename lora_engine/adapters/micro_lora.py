@@ -17,6 +17,7 @@ from lora_engine.adapters.pool import AdapterPool
 from lora_engine.backends import chosen
 
 if TYPE_CHECKING:
+    from lora_engine.learning.ewc import EWC
     from lora_engine.learning.feedback import Feedback
 
 _NO_ROWS = "x has no rows: nothing was learned"
@@ -50,6 +51,13 @@ class _Module(PendingGradient):
         self.out = pool.out_features
         self.dropout_key = zlib.crc32(name.encode())
         self.steps = 0  # adapts so far
+
+
+def _penalised(ewc: Any, m: _Module, lr: float) -> Any:
+    """A step of the module's pool under the penalty."""
+    if not hasattr(ewc, "step_of"):
+        raise TypeError(f"MicroLoRA: ewc: expected an EWC or None, got {type(ewc).__name__}")
+    return ewc.step_of(m.pool, lr)
 
 
 class MicroLoRA:
@@ -128,13 +136,18 @@ class MicroLoRA:
     # ---- learning -----------------------------------------------------------
 
     def adapt(
-        self, x: Any, feedback: Feedback, module: str, lr: float | None = None
+        self,
+        x: Any,
+        feedback: Feedback,
+        module: str,
+        lr: float | None = None,
+        ewc: EWC | None = None,
     ) -> AdaptResult:
         """Learns from feedback on the output of ``forward(x, module)``.
 
-        With lr, one step at once (several rows: of their mean gradient); without,
-        the gradient is kept for ``apply_updates``. Where the gradient holds NaN
-        or Inf nothing changes and the result says so.
+        With lr, one step at once (several rows: of their mean gradient), under the penalty
+        of ``ewc`` if given; without, the gradient is kept for ``apply_updates``, which takes
+        the penalty. Where the gradient holds NaN or Inf nothing changes and the result says so.
         """
         start = perf_counter()
         m = self._modules.get(module) or self._module(module)
@@ -148,8 +161,12 @@ class MicroLoRA:
         if self._dropout:
             x = self._dropped(x, m)
         if lr is None:
+            if ewc is not None:
+                raise ValueError("MicroLoRA.adapt: ewc: expected None without lr, got an EWC")
             outcome, norm, rows = m.accumulate(x, grad)
             norm /= max(rows, 1)
+        elif ewc is not None:
+            outcome, norm = m.adapt_slot(x, grad, m.slot, _penalised(ewc, m, lr))
         else:
             kept, step = self._step  # read once: other threads may step with another lr
             outcome, norm = m.adapt_slot(x, grad, m.slot, step if kept == lr else self._step_of(lr))
@@ -181,15 +198,18 @@ class MicroLoRA:
 
         return (x * torch.from_numpy(mask)).to(x.dtype)
 
-    def apply_updates(self, lr: float) -> AdaptResult:
-        """One step with the mean of what was accumulated in every module, then cleared."""
+    def apply_updates(self, lr: float, ewc: EWC | None = None) -> AdaptResult:
+        """One step with the mean of what was accumulated in every module, then cleared.
+
+        ewc: the penalty that the step is under, one made for this MicroLoRA.
+        """
         start = perf_counter()
-        step = self._step_of(lr)
+        step = self._step_of(lr) if ewc is None else None
         applied, notes, norms = False, [], 0.0
         for name, m in self._modules.items():
             if m.refused:
                 notes.append(f"{name}: {m.refused} gradients with NaN or Inf were left out")
-            outcome, norm = m.apply(step)
+            outcome, norm = m.apply(step or _penalised(ewc, m, lr))
             if outcome == ops.NO_ADAPTER:
                 continue
             applied = applied or outcome == ops.APPLIED
