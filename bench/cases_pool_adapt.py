@@ -40,7 +40,7 @@ def with_ewc() -> list[Contender]:
 
     def anchored() -> tuple[le.AdapterPool, le.EWC]:
         pool = inputs.make_pool(data)
-        ewc = le.EWC(pool, LAMBDA)
+        ewc = le.EWC(pool, LAMBDA, form="factor")
         for slot in range(USERS):
             ewc.set(slot, fisher_A[slot], fisher_B[slot])
         pool.adapt(data.x, data.grad, data.ids, lr=steps.CHECKED_LR)

@@ -31,6 +31,7 @@ from lora_engine.ops import (
 )
 
 if TYPE_CHECKING:
+    from lora_engine.learning.task_boundary import TaskBoundary
     from lora_engine.quant.nf4 import NF4Tensor
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "MicroLoRA",
     "MicroLoRAConfig",
     "NF4Tensor",
+    "TaskBoundary",
     "backends",
     "batched_adapt",
     "batched_lora_delta",
@@ -62,9 +64,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """NF4Tensor, imported at first use: with its file formats it takes as long as the rest."""
+    """What takes as long to import as much of the rest: imported at first use."""
     if name == "NF4Tensor":
         from lora_engine.quant.nf4 import NF4Tensor
 
         return NF4Tensor
+    if name == "TaskBoundary":
+        from lora_engine.learning.task_boundary import TaskBoundary
+
+        return TaskBoundary
     raise AttributeError(f"module 'lora_engine' has no attribute {name!r}")

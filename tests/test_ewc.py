@@ -66,7 +66,7 @@ def test_fused_step_matches_reference(dtype, slices, rows):
     held = fill_pool(rng, 33, slices, [(2, 1) if sliced else 2] * 2, dtype)
     pool, before = held
     lam = 0.8
-    ewc = le.EWC(pool, ewc_lambda=lam)
+    ewc = le.EWC(pool, ewc_lambda=lam, form="factor")
     F_A = [rng.uniform(0, 2, m.shape).astype("f4") for m in before[0].A]
     F_B = [rng.uniform(0, 2, m.shape).astype("f4") for m in before[0].B]
     ewc.set(0, F_A if sliced else F_A[0], F_B if sliced else F_B[0])
@@ -100,7 +100,7 @@ def test_fused_step_matches_reference(dtype, slices, rows):
 def test_a_strong_penalty_holds_the_adapter_at_its_anchor():
     rng = np.random.default_rng(1)
     pool, before = fill_pool(rng, 16, (8,), [2])
-    ewc = le.EWC(pool, ewc_lambda=1e6)
+    ewc = le.EWC(pool, ewc_lambda=1e6, form="factor")
     ewc.set(0, np.ones((2, 16), "f4"), np.ones((8, 2), "f4"))
     for _ in range(50):
         x, grad = (
@@ -118,7 +118,7 @@ def test_a_strong_penalty_holds_the_adapter_at_its_anchor():
 def test_what_is_refused():
     pool, _ = fill_pool(np.random.default_rng(3), 16, (8,), [2])
     other, _ = fill_pool(np.random.default_rng(3), 16, (8,), [2])
-    ewc = le.EWC(pool, ewc_lambda=1.0)
+    ewc = le.EWC(pool, ewc_lambda=1.0, form="factor")
     with pytest.raises(
         ValueError, match=r"EWC\.set: fisher_A: expected shape .*2, 16.*got \[3, 16\]"
     ):
@@ -128,7 +128,7 @@ def test_what_is_refused():
     with pytest.raises(IndexError, match="slot"):
         ewc.set(5, np.ones((2, 16), "f4"), np.ones((8, 2), "f4"))
     with pytest.raises(ValueError, match="ewc_lambda"):
-        le.EWC(pool, ewc_lambda=-1.0)
+        le.EWC(pool, ewc_lambda=-1.0, form="factor")
     with pytest.raises(NotImplementedError, match="delta"):
         le.EWC(pool, ewc_lambda=1.0, form="delta")
     with pytest.raises(ValueError, match="ewc: expected one made for this pool"):

@@ -15,7 +15,7 @@ def test_a_record_does_not_outlive_its_adapter():
     """A slot reissued to another user, or set anew, is free of the old penalty."""
     rng = np.random.default_rng(2)
     pool, _ = fill_pool(rng, 16, (8,), [2, 2])
-    ewc = le.EWC(pool, ewc_lambda=1e6)
+    ewc = le.EWC(pool, ewc_lambda=1e6, form="factor")
     for slot in (0, 1):
         ewc.set(slot, np.ones((2, 16), "f4"), np.ones((8, 2), "f4"))
     pool.remove(0)
@@ -39,7 +39,7 @@ def test_a_record_does_not_outlive_its_adapter():
 def test_a_record_follows_its_adapter_through_set_and_rollback():
     rng = np.random.default_rng(4)
     pool, before = fill_pool(rng, 16, (8,), [2], history=1)
-    ewc = le.EWC(pool, ewc_lambda=1.0)
+    ewc = le.EWC(pool, ewc_lambda=1.0, form="factor")
     A, B = before[0].A[0] + 1, before[0].B[0] + 1
     ones = np.ones((2, 16), "f4"), np.ones((8, 2), "f4")
     pool.set(0, A, B, 1.0)
@@ -59,7 +59,7 @@ def test_a_record_follows_its_adapter_through_set_and_rollback():
 def test_a_record_is_free_of_the_rank_of_whoever_came_after():
     rng = np.random.default_rng(5)
     pool, _ = fill_pool(rng, 16, (8,), [2, 3])
-    ewc = le.EWC(pool, ewc_lambda=1.0)
+    ewc = le.EWC(pool, ewc_lambda=1.0, form="factor")
     ewc.set(0, np.ones((2, 16), "f4"), np.ones((8, 2), "f4"))
     pool.set(0, *pool.get(1))
     assert ewc.penalty() == 0.0

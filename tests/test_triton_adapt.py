@@ -374,7 +374,7 @@ def test_what_is_refused():
         (ValueError, "lr_ratio: expected a finite",
          lambda: pool.adapt(x, grad, ids, 1e30, lr_ratio=1e30)),
         (ValueError, "ewc: expected one made for this pool",
-         lambda: pool.adapt(x, grad, ids, 0.1, ewc=le.EWC(other, 1.0))),
+         lambda: pool.adapt(x, grad, ids, 0.1, ewc=le.EWC(other, 1.0, form="factor"))),
         (IndexError, "slot: expected one of the pool's 1 slots",
          lambda: pool.accumulate_gradient(5, x, grad)),
     ]:  # fmt: skip

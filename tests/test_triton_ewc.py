@@ -17,6 +17,7 @@ from helpers import (
     fill_pool,
     strided,
 )
+from helpers_ewc import close, expected, matrix_of
 from helpers_triton import (  # noqa: F401  the fixture
     DEVICE,
     FULL,
@@ -269,7 +270,7 @@ def test_a_record_does_not_outlive_its_adapter(form):
 
 def test_what_is_refused():
     pool, _ = fill_pool(np.random.default_rng(3), 16, (8,), [2])
-    factor, delta = le.EWC(pool, 1.0), le.EWC(pool, 1.0, form="delta")
+    factor, delta = le.EWC(pool, 1.0, form="factor"), le.EWC(pool, 1.0, form="delta")
     F_A, F_B, u, v = (np.ones(s, "f4") for s in ((2, 16), (8, 2), 8, 16))
     for kind, match, call in [
         (ValueError, r"EWC\.set: fisher_A: expected shape \[2, 16\], got \[3, 16\]",
@@ -294,3 +295,43 @@ def test_what_is_refused():
         le.ewc_step(theta, theta, three, three, 0.1, 1.0)
     with pytest.raises(ValueError, match="lr: expected 0 or more"):
         le.ewc_step(theta, three, three, three, -0.1, 1.0)
+
+
+@pytest.mark.parametrize("form", ["factor", "delta"])
+@pytest.mark.parametrize(("slices", "ranks"), [((9,), 2), ((4, 6), (0, 3))], ids=str)
+def test_a_record_is_read_and_restored(form, slices, ranks):
+    learning = Learning(slices, ranks, "float32", form, 0.8)
+    storage = learning.ewc._pools[learning.held.pool]._storage
+    learning.errors()
+    left = learning.ewc.penalty()
+    assert left > 0
+    got = storage.get(0)
+    want = (*learning.fisher, learning.anchor.A, learning.anchor.B)
+    for part, values in zip(got, want, strict=True):
+        assert [p is None for p in part] == [v is None for v in values]
+        for p, v in zip(part, values, strict=True):
+            assert p is None or bits(p) == bits(v)
+    learning.ewc.remove(0)
+    with pytest.raises(ValueError, match=r"EWC\.get: slot: expected one with a record, got slot 0"):
+        storage.get(0)
+    wrong = [None if m is None else m[1:] for m in got[2]]
+    with pytest.raises(ValueError, match=r"EWC\.restore: anchor: expected shape"):
+        storage.restore(0, got[0], got[1], wrong, got[3])
+    assert learning.ewc.penalty() == 0.0
+    storage.restore(0, *got)
+    assert learning.ewc.penalty() == left
+    assert max(learning.errors()) <= STORED["float32"]
+
+
+@pytest.mark.parametrize("form", ["factor", "delta"])
+def test_a_task_is_observed_and_consolidated(form):
+    """Device tensors in, and the record that the reference's formulas give."""
+    learning = Learning((9,), 2, "float32", form, 0.8)
+    ewc = le.EWC(learning.held.pool, 0.8, form=form, fisher_samples=3)
+    x, grad = on_device(learning.x), on_device(learning.grad)
+    assert ewc.observe(x, grad, indices(learning.ids)).samples == 3
+    assert ewc.consolidate(indices([0])).consolidated == {0: 2}
+    rows = [0, 2]
+    want = expected(form, learning.anchor, (9,), learning.x[rows], learning.grad[rows], 3)
+    got = ewc._pools[learning.held.pool]._storage.get(0)
+    assert close(matrix_of(form, *got[:2]), matrix_of(form, *want))

@@ -18,6 +18,7 @@ from lora_engine.adapters.pool import AdapterPool
 from lora_engine.backends import chosen
 
 if TYPE_CHECKING:
+    from lora_engine.learning.ewc import EWC
     from lora_engine.learning.feedback import Feedback
 
 QUALITY_MAX_NORM = 1.0  # of gA and gB together, in a step by quality
@@ -53,6 +54,15 @@ class _Module(PendingGradient):
         self.dropout_key = zlib.crc32(name.encode())
         self.steps = 0  # adapts so far
         self.baseline = Baseline()
+
+
+def _penalised(ewc: Any, m: _Module, lr: float | None, max_norm: float | None = None) -> Any:
+    """A step of the module's pool under the penalty."""
+    if lr is None:
+        raise ValueError("MicroLoRA.adapt: ewc: expected None without lr, got an EWC")
+    if not hasattr(ewc, "step_of"):
+        raise TypeError(f"MicroLoRA: ewc: expected an EWC or None, got {type(ewc).__name__}")
+    return ewc.step_of(m.pool, lr, max_norm)
 
 
 class MicroLoRA:
@@ -157,13 +167,19 @@ class MicroLoRA:
     # ---- learning -----------------------------------------------------------
 
     def adapt(
-        self, x: Any, feedback: Feedback, module: str, lr: float | None = None
+        self,
+        x: Any,
+        feedback: Feedback,
+        module: str,
+        lr: float | None = None,
+        ewc: EWC | None = None,
     ) -> AdaptResult:
         """Learns from feedback on the output of ``forward(x, module)``.
 
         With lr, one step at once (several rows: of their mean gradient; by a quality: clipped
-        to a norm of 1); without, the gradient is kept for ``apply_updates``. Where the
-        gradient holds NaN or Inf nothing changes and the result says so.
+        to a norm of 1), under the penalty of ``ewc`` if given; without, the gradient is kept
+        for ``apply_updates``, which takes the penalty. Where the gradient holds NaN or Inf
+        nothing changes and the result says so.
         """
         start = perf_counter()
         m = self._modules.get(module) or self._module(module)
@@ -174,10 +190,12 @@ class MicroLoRA:
             raise TypeError(f"MicroLoRA.adapt: feedback: expected a Feedback, got {got}") from None
         if grad is None:
             if feedback.quality is not None:
-                return self._adapt_quality(x, feedback, module, m, lr)
+                return self._adapt_quality(x, feedback, module, m, lr, ewc)
             grad = feedback.output_gradient(self, x, module)
         kept, step = self._step  # read once: other threads may step with another lr
-        if lr is not None and kept != lr:
+        if ewc is not None:
+            step = _penalised(ewc, m, lr)
+        elif lr is not None and kept != lr:
             step = self._step_of(lr)
         outcome, norm = self._take_gradient(x, grad, m, lr, step)
         if outcome == _APPLIED:
@@ -188,10 +206,17 @@ class MicroLoRA:
         return _new(AdaptResult, (outcome == _APPLIED, note, latency, norm))
 
     def _adapt_quality(
-        self, x: Any, feedback: Feedback, module: str, m: _Module, lr: float | None
+        self,
+        x: Any,
+        feedback: Feedback,
+        module: str,
+        m: _Module,
+        lr: float | None,
+        ewc: EWC | None,
     ) -> AdaptResult:
         """Learns from a quality, then updates the module's baseline."""
         start = perf_counter()
+        step = self._quality_step_of(m, lr, ewc)
         last = None
         if feedback.trace is None and feedback.output is None:
             last = self._explorer.take(module)
@@ -199,7 +224,7 @@ class MicroLoRA:
         if grad is None:
             outcome, norm = ops.NO_ADAPTER, 0.0
         else:
-            outcome, norm = self._take_gradient(x, grad, m, lr, self._quality_step_of(lr))
+            outcome, norm = self._take_gradient(x, grad, m, lr, step)
             why = ops.NOTES[outcome]
         m.baseline.update(feedback.quality)
         return AdaptResult(outcome == _APPLIED, why, (perf_counter() - start) * 1e6, norm)
@@ -218,8 +243,10 @@ class MicroLoRA:
         m.steps += outcome == _APPLIED
         return outcome, norm
 
-    def _quality_step_of(self, lr: float | None) -> Any:
+    def _quality_step_of(self, m: _Module, lr: float | None, ewc: EWC | None) -> Any:
         """A step of bounded length: noise that nothing answers to would else grow without end."""
+        if ewc is not None:
+            return _penalised(ewc, m, lr, QUALITY_MAX_NORM)
         kept, step = self._quality_step
         if lr is not None and kept != lr:
             step = ops.make_step(chosen(), lr, max_norm=QUALITY_MAX_NORM)
@@ -246,15 +273,18 @@ class MicroLoRA:
 
         return (x * torch.from_numpy(mask)).to(x.dtype)
 
-    def apply_updates(self, lr: float) -> AdaptResult:
-        """One step with the mean of what was accumulated in every module, then cleared."""
+    def apply_updates(self, lr: float, ewc: EWC | None = None) -> AdaptResult:
+        """One step with the mean of what was accumulated in every module, then cleared.
+
+        ewc: the penalty that the step is under, one made for this MicroLoRA.
+        """
         start = perf_counter()
-        step = self._step_of(lr)
+        step = self._step_of(lr) if ewc is None else None
         applied, notes, norms = False, [], 0.0
         for name, m in self._modules.items():
             if m.refused:
                 notes.append(f"{name}: {m.refused} gradients with NaN or Inf were left out")
-            outcome, norm = m.apply(step)
+            outcome, norm = m.apply(step or _penalised(ewc, m, lr))
             if outcome == ops.NO_ADAPTER:
                 continue
             applied = applied or outcome == ops.APPLIED

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_engine import handles, ops
+from lora_engine.adapters.owners import Owners
 from lora_engine.adapters.pending import PendingGradient
 from lora_engine.backends import chosen
 
@@ -114,9 +115,11 @@ class AdapterPool:
         self._handle: int | None = None
         self._version_tensor: Any = None
         self._pending: dict[int, PendingGradient] = {}
-        # Of _pending, and held while a slot changes hands: a gradient that waits is
-        # applied to the adapter that it is of, or to none.
+        # Of _pending and _owners, and held while a slot changes hands: a gradient that waits
+        # is applied to the adapter that it is of, or to none.
         self._pending_lock = threading.Lock()
+        self._owners = Owners()
+        self._history = bool(history)
 
     def __len__(self) -> int:
         """Adapters in the pool."""
@@ -192,6 +195,8 @@ class AdapterPool:
         """
         s = _number("add", scaling)
         slot = int(self._storage.add(self._slices_of(A), self._slices_of(B), s))
+        with self._pending_lock:
+            self._owners.begin(slot)
         self.changed()
         return slot
 
@@ -200,6 +205,7 @@ class AdapterPool:
         s = _number("set", scaling)
         with self._pending_lock:
             self._storage.set(slot, self._slices_of(A), self._slices_of(B), s)
+            self._owners.begin(slot, self.version(slot) if self._history else None)
             self._pending.pop(slot, None)
         self.changed()
 
@@ -212,6 +218,7 @@ class AdapterPool:
         """Zeroes the slot's memory and frees it. Raises IndexError if it is not in use."""
         with self._pending_lock:
             self._storage.remove(slot)
+            self._owners.end(slot)
             self._pending.pop(slot, None)
         self.changed()
 
@@ -226,7 +233,9 @@ class AdapterPool:
     def rollback(self, slot: int) -> None:
         """Brings back the weights before the last change, once (needs history=1)."""
         with self._pending_lock:
+            version = self.version(slot)
             self._storage.rollback(slot)
+            self._owners.rolled_back(slot, version)
             self._pending.pop(slot, None)
         self.changed()
 

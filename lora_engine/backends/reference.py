@@ -241,6 +241,8 @@ class Pool:
 
     def _apply(self, slot: int, gA: list[Any], gB: list[Any], step: Step) -> tuple[int, float]:
         now = self._get(slot)
+        if not sum(g.size for g in (*gA, *gB) if g is not None):
+            return 0, 0.0  # rank 0: nothing that could learn
         record = step.ewc.find(slot) if step.ewc else None
         values = reference.Step(
             step.lr,
@@ -263,8 +265,6 @@ class Pool:
         else:
             moved = reference.step_adapter(now.adapter, gA, gB, values, fisher, anchor)
         learning = [g for g in (*(gA if step.train_A else []), *gB) if g is not None]
-        if not sum(g.size for g in (*gA, *gB) if g is not None):
-            return 0, 0.0  # rank 0: nothing that could learn
         norm = float(np.sqrt(sum((g**2).sum() for g in learning)))
         if moved is None:
             return 2, norm
@@ -358,19 +358,51 @@ class Ewc:
         self._records: dict[int, tuple[Any, int]] = {}  # and the epoch each was made at
 
     def set(self, slot: int, first: list[Any], second: list[Any]) -> None:
+        self._record("EWC.set", slot, first, second, self.pool._get(slot).adapter)
+
+    def get(self, slot: int) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+        """(first, second, anchor A, anchor B) by slice, float32; None for a missing one."""
+        ranks = self.pool.ranks(slot)
+        if (record := self.find(slot)) is None:
+            want = "EWC.get: slot: expected one with a record"
+            raise ValueError(f"{want}, got slot {slot}, which has none")
+        (first, second), anchor = record
+        parts = [
+            [m.astype(np.float32) if r else None for m, r in zip(part, ranks, strict=True)]
+            for part in (first, second, anchor.A, anchor.B)
+        ]
+        return parts[0], parts[1], parts[2], parts[3]
+
+    def restore(
+        self, slot: int, first: list[Any], second: list[Any], A: list[Any], B: list[Any]
+    ) -> None:
+        """What ``get`` gave."""
+        adapter = self.pool._get(slot).adapter
+        for given, factors in ((A, adapter.A), (B, adapter.B)):
+            for g, f in zip(given, factors, strict=True):
+                if f is not None and f.size and np.shape(g) != f.shape:
+                    raise ValueError(
+                        f"EWC.restore: anchor: expected shape {np.shape(f)}, got {np.shape(g)}"
+                    )
+        at_A, at_B = ([None if m is None else _read(m) for m in part] for part in (A, B))
+        anchor = reference.Adapter(at_A, at_B, adapter.scaling)
+        self._record("EWC.restore", slot, first, second, anchor)
+
+    def _record(
+        self, op: str, slot: int, first: list[Any], second: list[Any], anchor: reference.Adapter
+    ) -> None:
         now = self.pool._get(slot)
-        adapter = now.adapter
-        for i, (given, factors) in enumerate(((first, adapter.A), (second, adapter.B))):
+        for i, (given, factors) in enumerate(((first, now.adapter.A), (second, now.adapter.B))):
             for s, (g, f) in enumerate(zip(given, factors, strict=True)):
-                if f is None:
+                if f is None or not f.size:
                     continue
                 want = f.shape
                 if self.form == "delta":
                     want = (self.pool.outs[s] if i == 0 else self.pool.in_features,)
                 if np.shape(g) != want:
-                    raise ValueError(f"EWC.set: fisher: expected shape {want}, got {np.shape(g)}")
+                    raise ValueError(f"{op}: fisher: expected shape {want}, got {np.shape(g)}")
         fisher = ([_read(g) if g is not None else None for g in f] for f in (first, second))
-        self._records[slot] = (tuple(fisher), adapter), now.epoch
+        self._records[slot] = (tuple(fisher), anchor), now.epoch
 
     def find(self, slot: int) -> Any:
         """(fisher, anchor) of the adapter that is in the slot now, or None."""
@@ -389,7 +421,7 @@ class Ewc:
             (first, second), anchor = record
             now = self.pool._get(slot).adapter
             for s, (A, B) in enumerate(zip(now.A, now.B, strict=True)):
-                if A is None:
+                if A is None or not len(A):
                     continue
                 if self.form == "delta":
                     total += delta_penalty(

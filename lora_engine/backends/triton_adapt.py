@@ -211,13 +211,21 @@ class Ewc:
 
     def set(self, slot: int, first: list[Any], second: list[Any]) -> None:
         """(F_A, F_B) of each slice, with the slot's weights as the anchor."""
-        op = "EWC.set"
+        self._record("EWC.set", slot, first, second, None)
+
+    def restore(
+        self, slot: int, first: list[Any], second: list[Any], A: list[Any], B: list[Any]
+    ) -> None:
+        """What ``get`` gave."""
+        self._record("EWC.restore", slot, first, second, (A, B))
+
+    def _record(self, op: str, slot: int, first: list[Any], second: list[Any], anchor: Any) -> None:
         with self.pool.lock:
             held = self.pool.slot(op, slot)
-            if self.form == "delta":
-                memory = self._delta_record(op, slot, held.ranks, first, second)
-            else:
-                memory = self._factor_record(op, slot, held.ranks, first, second)
+            fisher = self._delta_parts if self.form == "delta" else self._factor_parts
+            before, after = fisher(op, held.ranks, first, second)
+            weights = self._weights(slot) if anchor is None else self._anchor(op, slot, *anchor)
+            memory = torch.cat([*before, weights, *after])
             if len(self._table) <= slot:
                 larger = self._table.new_zeros((self.pool.adapters.ranks.shape[0], 2))
                 larger[: len(self._table)] = self._table
@@ -225,20 +233,22 @@ class Ewc:
             self._records[slot] = _Record(memory, held.epoch)
             self._table[slot] = torch.tensor([memory.data_ptr(), held.epoch])
 
-    def _factor_record(
-        self, op: str, slot: int, ranks: tuple[int, ...], F_A: list[Any], F_B: list[Any]
-    ) -> torch.Tensor:
+    def _factor_parts(
+        self, op: str, ranks: tuple[int, ...], F_A: list[Any], F_B: list[Any]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What a record holds before the anchor and after it."""
         parts, device = [], self.pool.device
         for s, (rank, out) in enumerate(zip(ranks, self.pool.outs, strict=True)):
             if rank:
                 a = _fisher(op, "fisher_A", F_A[s], (rank, self.pool.in_features), device)
                 b = _fisher(op, "fisher_B", F_B[s], (out, rank), device)
                 parts += [a.reshape(-1), b.T.reshape(-1)]
-        return torch.cat([*parts, self._weights(slot)])
+        return parts, []
 
-    def _delta_record(
-        self, op: str, slot: int, ranks: tuple[int, ...], u: list[Any], v: list[Any]
-    ) -> torch.Tensor:
+    def _delta_parts(
+        self, op: str, ranks: tuple[int, ...], u: list[Any], v: list[Any]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """As ``_factor_parts``; before the anchor, room for the solver."""
         if max(ranks) > WIDEST:
             raise refuse(ValueError, op, "slot", f"a rank of at most {WIDEST}", max(ranks))
         us, vs, device = [], [], self.pool.device
@@ -251,11 +261,56 @@ class Ewc:
                 _fisher(op, "v", v[s], (width,), device) if rank else torch.zeros(width).to(device)
             )
         work = torch.zeros(2 * work_elements(ranks), device=device)
-        return torch.cat([work, self._weights(slot), *us, *vs])
+        return [work], [*us, *vs]
+
+    def get(self, slot: int) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+        """(first, second, anchor A, anchor B) by slice, float32; None for a missing one."""
+        with self.pool.lock:
+            held = self.pool.slot("EWC.get", slot)
+            record = self._records.get(slot)
+            if record is None or record.epoch != held.epoch:
+                want = "one with a record"
+                raise refuse(ValueError, "EWC.get", "slot", want, f"slot {slot}, which has none")
+            ranks, width, outs = held.ranks, self.pool.in_features, self.pool.outs
+            size = sum(r * (width + out) for r, out in zip(ranks, outs, strict=True))
+            values = record.memory.cpu().numpy()
+        if self.form == "factor":
+            return (*self._unflat(values[:size], ranks), *self._unflat(values[size:], ranks))
+        begin = 2 * work_elements(ranks)
+        sizes = np.cumsum([size, *outs, *[width] * (len(outs) - 1)])
+        anchor, *parts = np.split(values[begin:], sizes)
+        kept = [p.copy() if rank else None for p, rank in zip(parts, 2 * ranks, strict=True)]
+        return kept[: len(outs)], kept[len(outs) :], *self._unflat(anchor, ranks)
+
+    def _unflat(self, flat: np.ndarray, ranks: tuple[int, ...]) -> tuple[list[Any], list[Any]]:
+        """Of values in the order of ``_weights``: those shaped as A and as B, by slice."""
+        first: list[Any] = []
+        second: list[Any] = []
+        at, width = 0, self.pool.in_features
+        for rank, out in zip(ranks, self.pool.outs, strict=True):
+            middle, end = at + rank * width, at + rank * (width + out)
+            first.append(flat[at:middle].reshape(rank, width).copy() if rank else None)
+            second.append(flat[middle:end].reshape(rank, out).T.copy() if rank else None)
+            at = end
+        return first, second
+
+    def _anchor(self, op: str, slot: int, A: list[Any], B: list[Any]) -> torch.Tensor:
+        """Given anchors, checked, in the order of ``_weights``."""
+        now = self.pool.get(slot)
+        for given, factors in ((A, now[0]), (B, now[1])):
+            for g, f in zip(given, factors, strict=True):
+                if f is not None and f.size and np.shape(g) != f.shape:
+                    raise refuse(
+                        ValueError, op, "anchor", f"shape {list(f.shape)}", list(np.shape(g))
+                    )
+        return self._flat(A, B)
 
     def _weights(self, slot: int) -> torch.Tensor:
         """A slot's weights as float32, in the order of storage without gaps."""
         A, B, _ = self.pool.get(slot)
+        return self._flat(A, B)
+
+    def _flat(self, A: list[Any], B: list[Any]) -> torch.Tensor:
         flat = [m.reshape(-1) for a, b in zip(A, B, strict=True) if a is not None for m in (a, b.T)]
         made = torch.from_numpy(np.concatenate(flat)) if flat else torch.empty(0)
         return made.to(self.pool.device)

@@ -1,0 +1,162 @@
+"""EWC of one pool: the backend's records, and the moving averages that become them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lora_engine import ops
+from lora_engine.adapters.pool import AdapterPool
+from lora_engine.learning.moving_fisher import (
+    MovingFactors,
+    MovingFisher,
+    MovingWeights,
+    Pair,
+    merge_factors,
+    merge_weights,
+)
+
+if TYPE_CHECKING:
+    from lora_engine.adapters.owners import I64
+
+Record = tuple[list[Any], list[Any], list[Any], list[Any]]  # fisher, anchors A and B, by slice
+
+
+class SlotState(NamedTuple):
+    """What EWC keeps of a slot."""
+
+    record: Record | None
+    mean: Pair | None
+    samples: int
+
+
+class PoolEwc:
+    """The half of ``EWC`` that knows slots. Its methods check what they are given.
+
+    The pool's lock under which slots change hands is held while anything is read or written
+    for a slot, so that it is of the adapter that was meant.
+    """
+
+    def __init__(
+        self, pool: AdapterPool, ewc_lambda: float, form: str, gamma: float, fisher_samples: int
+    ) -> None:
+        self.pool, self.gamma = pool, gamma
+        self._storage = pool._backend.Ewc(pool._storage, form, ewc_lambda)
+        moving: type[MovingFisher] = MovingFactors if form == "delta" else MovingWeights
+        self._merge = merge_factors if form == "delta" else merge_weights
+        self._moving = moving(pool, fisher_samples)
+        self._recorded: dict[int, int] = {}  # slots with a record, and whose they were
+        self._step: tuple[Any, Any] = (None, None)  # the last (lr, max_norm), and its step
+
+    def step(self, lr: float, max_norm: float | None = None) -> Any:
+        """The step of a learning rate under this penalty, kept for the next call."""
+        kept, step = self._step
+        if kept != (lr, max_norm):
+            backend: Any = self.pool._backend
+            step = ops.make_step(backend, lr, max_norm, ewc=self)  # type: ignore[arg-type]
+            self._step = ((lr, max_norm), step)
+        return step
+
+    # ---- records ----
+
+    def set(self, slot: int, first: Any, second: Any) -> None:
+        with self.pool._pending_lock:
+            self._storage.set(slot, self.pool._slices_of(first), self.pool._slices_of(second))
+            self._recorded[slot] = self._owner(slot)
+
+    def remove(self, slot: int) -> None:
+        with self.pool._pending_lock:
+            self._storage.remove(slot)
+            self._recorded.pop(slot, None)
+            self._moving.forget(slot)
+
+    def _record(self, slot: int) -> Record | None:
+        """A slot's record, if the adapter that is in it now has one."""
+        if slot not in self._recorded:
+            return None
+        if not hasattr(self._storage, "get"):
+            raise NotImplementedError("EWC: the C++ backend of this version gives no record back")
+        try:
+            record: Record = self._storage.get(slot)
+        except ValueError:  # it was of an earlier adapter
+            return None
+        return record
+
+    def _owner(self, slot: int) -> int:
+        return int(self.pool._owners.of(np.array([slot]))[0])
+
+    def _check_in_use(self, slots: I64) -> None:
+        bad = slots[self.pool._owners.of(slots) == 0]
+        if len(bad):
+            self.pool.version(int(bad[0]))  # raises IndexError
+
+    # ---- samples ----
+
+    def observe(self, x: Any, grad: Any, ids: I64) -> tuple[int, int]:
+        """(samples taken, rows left out); ids int64 [n], -1 for none."""
+        named = ids >= 0
+        if not named.all():
+            x, grad, ids = x[named], grad[named], ids[named]
+        with self.pool._pending_lock:
+            self._check_in_use(ids)
+            refused = self._moving.observe(x, grad, ids)
+        return len(ids) - refused, refused
+
+    def consolidate(self, slots: list[int] | None) -> tuple[dict[int, int], list[int]]:
+        """(samples of each slot that was consolidated, slots that observed nothing)."""
+        with self.pool._pending_lock:
+            if slots is None:
+                observed = self._moving.slots().tolist()
+                recorded = np.array(sorted(self._recorded), np.int64)
+                owners = self.pool._owners.of(recorded).tolist()
+                there = [s for s, o in zip(recorded.tolist(), owners, strict=True)
+                         if o == self._recorded[s]]  # fmt: skip
+                slots = sorted({*observed, *there})
+            else:
+                self._check_in_use(np.array(slots, np.int64))
+            done = {}
+            for slot in slots:
+                samples = self._moving.samples(slot)
+                if samples:
+                    self._consolidate(slot)
+                    done[slot] = samples
+        return done, [slot for slot in slots if slot not in done]
+
+    def _consolidate(self, slot: int) -> None:
+        old = self._record(slot)
+        fisher = self._merge(old[:2] if old else None, self._moving.mean(slot), self.gamma)
+        self._storage.set(slot, *fisher)
+        self._recorded[slot] = self._owner(slot)
+        self._moving.forget(slot)
+
+    # ---- state ----
+
+    def slots(self) -> list[int]:
+        """Slots in use of which something may be kept."""
+        with self.pool._pending_lock:
+            slots = np.array(sorted({*self._recorded, *self._moving.slots().tolist()}), np.int64)
+            in_use: list[int] = slots[self.pool._owners.of(slots) > 0].tolist()
+        return in_use
+
+    def state(self, slot: int) -> SlotState:
+        with self.pool._pending_lock:
+            samples = self._moving.samples(slot)
+            mean = self._moving.mean(slot) if samples else None
+            return SlotState(self._record(slot), mean, samples)
+
+    def load(self, states: dict[int, SlotState]) -> None:
+        """Replaces everything by states that were checked."""
+        with self.pool._pending_lock:
+            self._check_in_use(np.array(sorted(states), np.int64))
+            for slot in self._recorded:
+                if self._owner(slot):
+                    self._storage.remove(slot)
+            self._recorded.clear()
+            self._moving.clear()
+            for slot, state in states.items():
+                if state.record:
+                    self._storage.restore(slot, *state.record)
+                    self._recorded[slot] = self._owner(slot)
+                if state.mean:
+                    self._moving.put(slot, state.mean, state.samples)
