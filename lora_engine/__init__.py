@@ -5,6 +5,7 @@ The engine needs NumPy and safetensors; torch is taken where it is there.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lora_engine.adapters.config import MicroLoRAConfig
@@ -31,6 +32,9 @@ from lora_engine.ops import (
 )
 
 if TYPE_CHECKING:
+    from lora_engine.learning.pipeline import TrainingPipeline
+    from lora_engine.learning.samples import FeedbackBuffer, TrainingSample
+    from lora_engine.learning.training_config import TrainingConfig
     from lora_engine.quant.nf4 import NF4Tensor
 
 __version__ = "0.1.0"
@@ -41,10 +45,14 @@ __all__ = [
     "AdapterPool",
     "BatchedAdaptResult",
     "Feedback",
+    "FeedbackBuffer",
     "FormatError",
     "MicroLoRA",
     "MicroLoRAConfig",
     "NF4Tensor",
+    "TrainingConfig",
+    "TrainingPipeline",
+    "TrainingSample",
     "backends",
     "batched_adapt",
     "batched_lora_delta",
@@ -61,10 +69,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """NF4Tensor, imported at first use: with its file formats it takes as long as the rest."""
-    if name == "NF4Tensor":
-        from lora_engine.quant.nf4 import NF4Tensor
+_AT_FIRST_USE = {
+    "FeedbackBuffer": "lora_engine.learning.samples",
+    "NF4Tensor": "lora_engine.quant.nf4",
+    "TrainingConfig": "lora_engine.learning.training_config",
+    "TrainingPipeline": "lora_engine.learning.pipeline",
+    "TrainingSample": "lora_engine.learning.samples",
+}
 
-        return NF4Tensor
+
+def __getattr__(name: str) -> Any:
+    """What is imported at first use: together it takes longer than the rest."""
+    if name in _AT_FIRST_USE:
+        return getattr(import_module(_AT_FIRST_USE[name]), name)
     raise AttributeError(f"module 'lora_engine' has no attribute {name!r}")
