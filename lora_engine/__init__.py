@@ -32,9 +32,10 @@ from lora_engine.ops import (
 )
 
 if TYPE_CHECKING:
+    from lora_engine.learning.feedback_buffer import FeedbackBuffer
     from lora_engine.learning.pipeline import TrainingPipeline
-    from lora_engine.learning.samples import FeedbackBuffer, TrainingSample
     from lora_engine.learning.training_config import TrainingConfig
+    from lora_engine.learning.training_samples import TrainingSample
     from lora_engine.quant.nf4 import NF4Tensor
 
 __version__ = "0.1.0"
@@ -70,11 +71,11 @@ __all__ = [
 
 
 _AT_FIRST_USE = {
-    "FeedbackBuffer": "lora_engine.learning.samples",
+    "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
     "NF4Tensor": "lora_engine.quant.nf4",
     "TrainingConfig": "lora_engine.learning.training_config",
     "TrainingPipeline": "lora_engine.learning.pipeline",
-    "TrainingSample": "lora_engine.learning.samples",
+    "TrainingSample": "lora_engine.learning.training_samples",
 }
 
 

@@ -15,12 +15,13 @@ from lora_engine.backends import chosen
 from lora_engine.learning import checkpoint as checkpoints
 from lora_engine.learning import training
 from lora_engine.learning.feedback import Feedback
+from lora_engine.learning.feedback_buffer import FeedbackBuffer
 from lora_engine.learning.optimizers import F32, OPTIMIZERS, norm_of
 from lora_engine.learning.protection import Protection
-from lora_engine.learning.samples import FeedbackBuffer, TrainingSample
 from lora_engine.learning.schedules import Schedule
 from lora_engine.learning.training import SampleOrder, TrainingHistory
 from lora_engine.learning.training_config import TrainingConfig
+from lora_engine.learning.training_samples import TrainingSample
 
 if TYPE_CHECKING:
     from lora_engine.adapters.micro_lora import _Module
@@ -75,8 +76,9 @@ class _Track:
 class TrainingPipeline:
     """Batches, optimizer, learning rate, EWC and checkpoints around a MicroLoRA.
 
-    boundary: a detector of new tasks (``TaskBoundary``) that sees each train_step's loss, or
-    without one its gradient's norm, and starts a new task where it fires.
+    boundary: a detector of new tasks (``TaskBoundary``) that sees one number of each train_step,
+    1 - quality where there is one, else the loss, else the gradient's norm, and starts a new
+    task where it fires. Give it a stream of one kind of feedback. It is in no checkpoint.
 
     Each module has its own batch, optimizer state and number of steps; the learning rate of a
     step is the schedule's at that number. One thread trains at a time, while any number serve;
@@ -167,7 +169,7 @@ class TrainingPipeline:
             note = _NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
             return TrainStepResult(False, note, None, norm, False, None, False)
         loss = _loss(feedback, grad)
-        new_task = self._new_task_at(norm if loss is None else loss)
+        new_task = self._new_task_at(_surprise(feedback, loss, norm))
         self._protection.observe(x, grad, module)
         if m.samples < self.config.batch_size:
             return TrainStepResult(True, "", loss, norm, False, None, new_task)
@@ -215,7 +217,7 @@ class TrainingPipeline:
             lr,
             None if first else config.max_grad_norm,
             weight_decay=config.weight_decay,
-            ewc=self._protection.ewc,
+            ewc=self._protection.of(m),
         )
         outcome, _ = m.apply(step, direction if first else None)
         if outcome != ops.APPLIED:
@@ -258,8 +260,8 @@ class TrainingPipeline:
     def start_new_task(self, lora: MicroLoRA) -> bool:
         """Ends a task: what the batches hold is learned, then EWC consolidates and anchors.
 
-        Steps, moments and learning rate go on. Returns whether anything is protected:
-        False without EWC. Raises ValueError for another lora.
+        Steps, moments and learning rate go on. Returns whether anything was consolidated:
+        False without EWC, or where it observed nothing. Raises ValueError for another lora.
         """
         self._check_lora("start_new_task", lora)
         self.flush(lora)
@@ -312,6 +314,14 @@ class TrainingPipeline:
         pipeline or the MicroLoRA, FormatError for a damaged one, FileNotFoundError.
         """
         checkpoints.load(self, lora, path)
+
+
+def _surprise(feedback: Feedback, loss: float | None, norm: float) -> float:
+    """What rises where a task is new, of each kind of feedback."""
+    quality = getattr(feedback, "quality", None)
+    if quality is not None:
+        return 1.0 - float(quality)
+    return norm if loss is None else loss
 
 
 def _loss(feedback: Feedback, grad: Any) -> float | None:

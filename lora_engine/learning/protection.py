@@ -8,7 +8,7 @@ from lora_engine.learning.ewc import EWC
 from lora_engine.learning.training_config import TrainingConfig
 
 if TYPE_CHECKING:
-    from lora_engine.adapters.micro_lora import MicroLoRA
+    from lora_engine.adapters.micro_lora import MicroLoRA, _Module
 
 
 def _new_ewc(lora: MicroLoRA, config: TrainingConfig) -> Any:
@@ -28,20 +28,18 @@ class Protection:
     def __init__(self, lora: MicroLoRA, config: TrainingConfig) -> None:
         self.ewc = _new_ewc(lora, config) if config.ewc_lambda else None
 
+    def of(self, m: _Module) -> Any:
+        """The penalty in a step of a module, None without one."""
+        return None if self.ewc is None else self.ewc._pools[m.pool]
+
     def observe(self, x: Any, grad: Any, module: str) -> None:
         """Samples of the present task, a row each."""
         if self.ewc is not None:
             self.ewc.observe(x, grad, module)
 
     def consolidate(self) -> bool:
-        """Ends the task; whether anything is protected from now on."""
-        if self.ewc is None:
-            return False
-        self.ewc.consolidate()
-        return True
-
-    def penalty(self) -> float:
-        return 0.0 if self.ewc is None else float(self.ewc.penalty())
+        """Ends the task; whether anything of it was consolidated."""
+        return self.ewc is not None and bool(self.ewc.consolidate().consolidated)
 
     def state(self) -> dict[str, Any]:
         """Records, anchors and the average within the task."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_engine import ops
 from lora_engine.learning.progress import Bar, interrupts_held
-from lora_engine.learning.samples import Imitation, TrainingSample, imitation
+from lora_engine.learning.training_samples import Imitation, TrainingSample, imitation
 
 if TYPE_CHECKING:
     from lora_engine.adapters.micro_lora import MicroLoRA
