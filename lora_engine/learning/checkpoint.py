@@ -1,7 +1,7 @@
 """Checkpoints of a TrainingPipeline: one safetensors file, with what is no tensor in its metadata.
 
 ``modules.<name>.<A, B, waiting or a moment>`` and ``ewc.<key>`` are the tensors; the metadata
-names both configurations, steps, rows that wait, the sample order, and the digest of the tensors.
+names both configurations, steps, rows that wait, the sample order, and a digest of all of it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ def _name(module: str, what: str) -> str:
     return f"modules.{module}.{what}"
 
 
-def _digest(tensors: Tensors) -> str:
-    found = hashlib.sha256()
+def _digest(tensors: Tensors, state: State) -> str:
+    """Of everything but the digest itself."""
+    rest = {key: value for key, value in state.items() if key != "sha256"}
+    found = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(tensors):
         array = tensors[name]
         found.update(f"{name}\0{array.dtype}{array.shape}".encode())
@@ -76,8 +78,8 @@ def save(pipe: TrainingPipeline, lora: MicroLoRA, path: str | os.PathLike[str]) 
         "modules": modules,
         "order": {"epoch": order.epoch, "position": order.position, "digest": order.digest},
         "ewc": {k: v for k, v in protected.items() if k not in arrays},
-        "sha256": _digest(tensors),
     }
+    state["sha256"] = _digest(tensors, state)
     data = peft_format.to_bytes(tensors, KEY, json.dumps(state))
     atomic.replace_file(Path(os.path.realpath(path)), lambda file: _write(file, data))
 
@@ -156,8 +158,8 @@ def _checked(
             raise bad(key, f"finite float32 {list(shape)}, got {array.dtype} {list(array.shape)}")
         if key.endswith(".second_moment") and array.min() < 0.0:
             raise bad(key, "squares, got a negative number")
-    if state.get("sha256") != _digest(tensors):
-        raise bad("sha256", "the digest of the tensors, got another: the file is damaged")
+    if state.get("sha256") != _digest(tensors, state):
+        raise bad("sha256", "the digest of the content, got another: the file is damaged")
     if not all(is_count(order.get(f)) for f in ("epoch", "position")):
         raise bad("order", "epoch and position, numbers from 0")
     if not isinstance(order.get("digest"), str):
