@@ -244,3 +244,19 @@ def test_a_boundary_that_fires_starts_a_task():
     assert [r.new_task for r in results] == [False, False, True, False, False]
     assert boundary.seen == [r.loss for r in results]
     assert pipe._protection.ewc.tasks == 1
+
+
+@pytest.mark.parametrize(
+    ("quality", "want"), [(0.25, 0.75), (None, None)], ids=["quality", "gradient"]
+)
+def test_a_boundary_sees_what_rises_with_a_new_task(quality, want):
+    class Rated(le.Feedback):
+        quality = None
+
+    Rated.quality = quality
+    seen = []
+    lora = trained(7, 5)
+    pipe = le.TrainingPipeline(boundary=SimpleNamespace(update=seen.append))
+    pipe.init_for_lora(lora)
+    result = pipe.train_step(lora, X, Rated(*le.Feedback.from_gradient(Y)), module="q")
+    assert seen == [result.grad_norm if want is None else want]

@@ -62,6 +62,7 @@ class FeedbackBuffer:
 
     @property
     def closed(self) -> bool:
+        """Whether it takes nothing more."""
         return self._closed
 
     def put(self, x: Any, feedback: Any, module: str) -> bool:

@@ -11,7 +11,6 @@ import numpy as np
 
 from lora_engine import ops
 from lora_engine.adapters.micro_lora import MicroLoRA
-from lora_engine.backends import chosen
 from lora_engine.learning import checkpoint as checkpoints
 from lora_engine.learning import training
 from lora_engine.learning.feedback import Feedback
@@ -213,7 +212,7 @@ class TrainingPipeline:
             return along  # type: ignore[no-any-return]
 
         step = ops.make_step(
-            chosen(),
+            m.pool._backend,
             lr,
             None if first else config.max_grad_norm,
             weight_decay=config.weight_decay,
