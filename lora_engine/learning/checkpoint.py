@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -81,11 +81,11 @@ def save(pipe: TrainingPipeline, lora: MicroLoRA, path: str | os.PathLike[str]) 
     }
     state["sha256"] = _digest(tensors, state)
     data = peft_format.to_bytes(tensors, KEY, json.dumps(state))
-    atomic.replace_file(Path(os.path.realpath(path)), lambda file: _write(file, data))
 
+    def write(file: BinaryIO) -> None:
+        file.write(data)
 
-def _write(file: Any, data: bytes) -> None:
-    file.write(data)
+    atomic.replace_file(Path(os.path.realpath(path)), write)
 
 
 # ---- reading ----------------------------------------------------------------

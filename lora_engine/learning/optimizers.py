@@ -8,7 +8,6 @@ decay is decoupled, EWC acts in the plain metric and a reader sees old weights o
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,4 +62,4 @@ class AdamW(Sgd):
         return direction, {"first_moment": m, "second_moment": v}
 
 
-OPTIMIZERS: dict[str, Any] = {"sgd": Sgd, "adamw": AdamW}
+OPTIMIZERS: dict[str, type[Sgd]] = {"sgd": Sgd, "adamw": AdamW}

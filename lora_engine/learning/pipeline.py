@@ -209,7 +209,7 @@ class TrainingPipeline:
             if config.max_grad_norm is not None and norm > config.max_grad_norm:
                 gradient *= np.float32(config.max_grad_norm / norm)
             along, kept = self._optimizer.direction(gradient, track.kept, track.steps)
-            return along  # type: ignore[no-any-return]
+            return along
 
         step = ops.make_step(
             m.pool._backend,
@@ -319,7 +319,7 @@ def _surprise(feedback: Feedback, loss: float | None, norm: float) -> float:
     """What rises where a task is new, of each kind of feedback."""
     quality = getattr(feedback, "quality", None)
     if quality is not None:
-        return 1.0 - float(quality)
+        return 1.0 - float(np.mean(quality))
     return norm if loss is None else loss
 
 
