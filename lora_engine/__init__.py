@@ -5,6 +5,7 @@ The engine needs NumPy and safetensors; torch is taken where it is there.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lora_engine.adapters.config import MicroLoRAConfig
@@ -31,7 +32,11 @@ from lora_engine.ops import (
 )
 
 if TYPE_CHECKING:
+    from lora_engine.learning.feedback_buffer import FeedbackBuffer
+    from lora_engine.learning.pipeline import TrainingPipeline
     from lora_engine.learning.task_boundary import TaskBoundary
+    from lora_engine.learning.training_config import TrainingConfig
+    from lora_engine.learning.training_samples import TrainingSample
     from lora_engine.quant.nf4 import NF4Tensor
 
 __version__ = "0.1.0"
@@ -42,11 +47,15 @@ __all__ = [
     "AdapterPool",
     "BatchedAdaptResult",
     "Feedback",
+    "FeedbackBuffer",
     "FormatError",
     "MicroLoRA",
     "MicroLoRAConfig",
     "NF4Tensor",
     "TaskBoundary",
+    "TrainingConfig",
+    "TrainingPipeline",
+    "TrainingSample",
     "backends",
     "batched_adapt",
     "batched_lora_delta",
@@ -63,14 +72,18 @@ __all__ = [
 ]
 
 
+_AT_FIRST_USE = {
+    "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
+    "NF4Tensor": "lora_engine.quant.nf4",
+    "TaskBoundary": "lora_engine.learning.task_boundary",
+    "TrainingConfig": "lora_engine.learning.training_config",
+    "TrainingPipeline": "lora_engine.learning.pipeline",
+    "TrainingSample": "lora_engine.learning.training_samples",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """What takes as long to import as much of the rest: imported at first use."""
-    if name == "NF4Tensor":
-        from lora_engine.quant.nf4 import NF4Tensor
-
-        return NF4Tensor
-    if name == "TaskBoundary":
-        from lora_engine.learning.task_boundary import TaskBoundary
-
-        return TaskBoundary
+    """What is imported at first use: together it takes longer than the rest."""
+    if name in _AT_FIRST_USE:
+        return getattr(import_module(_AT_FIRST_USE[name]), name)
     raise AttributeError(f"module 'lora_engine' has no attribute {name!r}")

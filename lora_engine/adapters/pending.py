@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,21 @@ class PendingGradient:
             self.refused += outcome == ops.NOT_FINITE
         return outcome, norm, rows
 
-    def apply(self, step: Any) -> tuple[int, float]:
-        """A step with the mean of what waits, which is then dropped."""
+    def apply(
+        self, step: Any, direction: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> tuple[int, float]:
+        """A step with the mean of what waits, which is then dropped.
+
+        direction: makes of that mean what the step goes along, both flat as ``gradient``.
+        """
         with self._lock:
             if not self.samples:
                 self.refused = 0
                 return ops.NO_ADAPTER, 0.0
-            result: tuple[int, float] = self.storage.apply(
-                self.gradient, self.slot, 1.0 / self.samples, step
-            )
+            gradient, scale = self.gradient, 1.0 / self.samples
+            if direction is not None and gradient is not None:
+                gradient, scale = direction(gradient * np.float32(scale)), 1.0
+            result: tuple[int, float] = self.storage.apply(gradient, self.slot, scale, step)
             self._drop()
         return result
 
