@@ -51,8 +51,11 @@ struct Shim {
   int32_t (*dtype_float32)(), (*dtype_bfloat16)(), (*dtype_float16)();
   // Of libtorch in C++.
   bool (*requires_grad)(const void *tensor_impl);  // c10::TensorImpl::requires_grad() const
-  bool (*tensor_has_dispatch)(Handle);             // at::impl::tensor_has_dispatch
-  bool (*any_modes_set)(bool skip_infra);          // c10::impl::TorchDispatchModeTLS
+  // c10::TensorImpl::_fw_grad(level, of) const: gives a tensor, or the undefined one
+  void *const *(*tangent)(const void *tensor_impl, uint64_t level, Handle of);
+  const void *undefined;                                    // c10::UndefinedTensorImpl::_singleton
+  bool (*tensor_has_dispatch)(Handle);                      // at::impl::tensor_has_dispatch
+  bool (*any_modes_set)(bool skip_infra);                   // c10::impl::TorchDispatchModeTLS
   void (*make_error)(void *, SourceLocation, std::string);  // c10::Error's constructor
   void *type_error_table;                                   // c10::TypeError's functions
   std::type_info *type_error;
@@ -83,6 +86,8 @@ bool find_symbols(const char *torch_module) {
       {&shim.dtype_bfloat16, "aoti_torch_dtype_bfloat16"},
       {&shim.dtype_float16, "aoti_torch_dtype_float16"},
       {&shim.requires_grad, "_ZNK3c1010TensorImpl13requires_gradEv"},
+      {&shim.tangent, "_ZNK3c1010TensorImpl8_fw_gradEmRKN2at10TensorBaseE"},
+      {&shim.undefined, "_ZN3c1019UndefinedTensorImpl10_singletonE"},
       {&shim.tensor_has_dispatch, "_ZN2at4impl19tensor_has_dispatchERKNS_6TensorE"},
       {&shim.any_modes_set, "_ZN3c104impl20TorchDispatchModeTLS13any_modes_setEb"},
       {&shim.make_error,
@@ -260,8 +265,12 @@ bool compute(Value *stack) {
   return true;
 }
 
-bool recorded(Handle tensor) {
-  return shim.requires_grad(*static_cast<void **>(tensor));  // its intrusive_ptr<TensorImpl>
+// Of a tensor: its intrusive_ptr.
+const void *impl_of(Handle tensor) { return *static_cast<void **>(tensor); }
+
+// Whether forward-mode AD carries a tangent with it; levels above 0 are not made.
+bool has_tangent(Handle tensor) {
+  return *shim.tangent(impl_of(tensor), 0, tensor) != shim.undefined;
 }
 
 // Whether autograd, a tracer or a mode has a part in the call.
@@ -270,7 +279,9 @@ bool observed(const Value *stack) {
   bool grad = shim.grad_mode_is_enabled();
   for (int i = 0; i < 3; ++i) {
     Handle tensor = reinterpret_cast<Handle>(stack[i]);
-    if (shim.tensor_has_dispatch(tensor) || (grad && recorded(tensor))) return true;
+    if (shim.tensor_has_dispatch(tensor) || (grad && shim.requires_grad(impl_of(tensor))) ||
+        has_tangent(tensor))
+      return true;
   }
   return false;
 }

@@ -127,7 +127,6 @@ def batched_adapt(
     """
     step = make_step(pool._backend, lr, max_norm, lr_ratio, train_A, weight_decay, ewc)
     outcomes = pool._storage.adapt(x, grad, ids, weights, step)
-    pool.changed()
     applied = outcomes == APPLIED
     if getattr(outcomes, "is_cuda", False):
         return BatchedAdaptResult(applied, "on the device: applied says which rows were learned")

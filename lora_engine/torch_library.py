@@ -3,17 +3,20 @@
 Importing this module (or ``lora_engine.torch_ops``, or reading a ``handle``) defines them, on
 CPU tensors and on a GPU's. Shapes, dtypes and errors are those of ``lora_engine.ops``.
 
-An op is given a pool as its number, ``pool.handle``, and as ``pool.version_tensor``: a tensor
-that every forward reads and ``batched_adapt`` writes. That is what keeps a compiler from
-moving a forward across an adapt, or from taking two forwards around it for one. Nothing else
+An op is given a pool, or a packed matrix, as its ``handle``: an empty tensor whose sizes say which
+it is. Every forward reads it and ``batched_adapt`` is declared to write it, which keeps a compiler
+from moving a forward across an adapt, or from taking two forwards around it for one. Nothing else
 of a pool is seen by a trace, neither ranks nor versions, so an adapter of a new rank compiles
-nothing anew.
+nothing anew; nor does another pool, as sizes are inputs of a graph. A handle is of one process:
+torch.export is refused, and a number that reached a file otherwise finds nothing in another.
 
 Gradients: ``lora_delta`` in x, A and B; ``batched_lora_delta`` in x; ``nf4_linear`` in x and
 bias. Adapters of a pool learn by ``batched_adapt``, not by a backward pass. One that was
 changed between a forward and its backward pass raises RuntimeError there; on a GPU, where the
-host would have to wait to know it, the gradient of its rows is NaN. Whatever else requires
-grad is refused.
+host would have to wait to know it, the gradient of its rows is NaN. With activation checkpointing
+the forward that is computed again takes the adapters as they are by then: those changed between
+are differentiated without a word. Whatever else requires grad is refused, and so are tangents of
+forward-mode AD.
 
 Each op has a kernel of its own under autograd's key, in place of torch.library's
 register_autograd, which knows no op that writes to its arguments and takes longer where nothing
@@ -27,6 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.library import Library
 
 from lora_engine import _C
@@ -64,6 +68,19 @@ def _record(call: Any, function: Any, recorded: tuple[str, ...], args: tuple[Any
     return function.apply(*args, *(a.default_value for a in arguments[len(args) :]))
 
 
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _refuse_tangents(call: Any, args: tuple[Any, ...]) -> None:
+    for argument, value in zip(call._schema.arguments, args, strict=False):
+        if isinstance(value, Tensor) and _has_tangent(value):
+            raise ValueError(
+                f"{call._schema.name.split('::')[1]}: {argument.name}: expected a tensor without"
+                " a tangent, as there is no forward-mode derivative, got a dual tensor"
+            )
+
+
 def define(
     schema: str,
     compute: Callable[..., Any],
@@ -76,8 +93,11 @@ def define(
     registers kernels in C++ for the CPU, which leave to these what they do not take, or not."""
     name = _library.define(schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
     call = getattr(defined, name).default
+    takes_handle = not {a.name for a in call._schema.arguments}.isdisjoint(("pool", "w"))
 
     def under_autograd(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(call, args)
         if torch.is_grad_enabled() and _any_requires_grad(*args):
             return _record(call, function, recorded, args)
         if not _modes() and _are_plain(args):
@@ -86,8 +106,13 @@ def define(
             return call(*args)
 
     def shaped(*args: Any) -> Any:
+        if takes_handle and torch.compiler.is_exporting():
+            raise ValueError(
+                f"{name}: torch.export: expected an op of tensors alone, got a handle, which is of"
+                " this process only: export a function that takes the weights, with lora_delta"
+            )
         tensors = [(a.name, t) for a, t in zip(call._schema.arguments, args, strict=False)
-                   if isinstance(t, Tensor)]  # fmt: skip
+                   if isinstance(t, Tensor) and a.name != "w"]  # fmt: skip
         beside(name, tensors[0][1], **dict(tensors))
         return fake(*args)
 

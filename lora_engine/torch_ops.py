@@ -1,5 +1,5 @@
 """torch autograd over the ops. Imports torch; imported at first use. Also defines
-``torch.ops.lora_engine`` (torch_library.py, torch_pool_ops.py)."""
+``torch.ops.lora_engine`` (torch_library.py, torch_pool_ops.py, torch_nf4_op.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from lora_engine import torch_pool_ops  # noqa: F401  defines the ops
+from lora_engine import torch_nf4_op, torch_pool_ops  # noqa: F401  define the ops
 from lora_engine.backends import backend_of
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -256,3 +258,21 @@ def test_adds_and_removes_do_not_grow_the_pool():
     for _ in range(2000):
         pool.remove(pool.add(A, B, s))
     assert pool.nbytes == size
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, pickle.dumps])
+def test_a_pool_is_not_copied(copying):
+    module = torch.nn.Linear(2, 2)
+    module.pool = le.AdapterPool(4, 3)
+    for thing in (module.pool, module):
+        with pytest.raises(TypeError, match="AdapterPool: copy, pickle: expected adapters, got a"):
+            copying(thing)
+
+
+def test_a_device_of_torch():
+    assert le.AdapterPool(4, 3, device=torch.device("cpu")).forward(
+        torch.ones(1, 4), torch.tensor([-1], dtype=torch.int32)
+    ).shape == (1, 3)
+    for device, error in ((torch.device("meta"), ValueError), (3, TypeError)):
+        with pytest.raises(error, match="AdapterPool: device: expected"):
+            le.AdapterPool(4, 3, device=device)

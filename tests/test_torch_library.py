@@ -1,25 +1,18 @@
-"""torch.ops.lora_engine: opcheck, torch.compile, gradients, refusals."""
+"""torch.ops.lora_engine: opcheck, values, gradients, refusals."""
 
 from __future__ import annotations
-
-import gc
-import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import TOLERANCE, bits, delta_error, f64, fill_pool, magnitude
-from torch._dynamo.utils import counters
+from helpers import TOLERANCE, bits, delta_error, f64, magnitude
+from helpers_torch import IDS, IN, OPS, OUT, new_pool, random, slots
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import lora_engine as le
-import lora_engine.torch_ops  # defines the ops
 from lora_engine.backends import chosen
 
-OPS = torch.ops.lora_engine
-IN, OUT = 17, 9
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")
 
 
@@ -35,58 +28,38 @@ def engine(request):
     chosen.cache_clear()
 
 
-def random(*shape, grad=False, seed=0):
-    rng = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=rng).requires_grad_(grad)
-
-
-def slots(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def new_pool(ranks=(1, 3), out=OUT, **options):
-    return fill_pool(np.random.default_rng(1), IN, (out,), list(ranks), **options).pool
-
-
-IDS = slots(0, -1, 1, 0, 1)
-
-
-def of(pool):
-    return pool.handle, pool.version_tensor
-
-
 def calls(pool, w):
     """(op, arguments) of every op, in odd shapes."""
     x, grad, then = random(5, IN), random(5, OUT), torch.tensor([1, 0, 1, 1, 1])
     A, B = random(3, IN), random(OUT, 3)
     mixed, weights = IDS[:, None].repeat(1, 2), random(5, 2)
-    rows = of(pool)
+    number = pool.handle.shape[0]
     return {
         "lora_delta": (x, A, B, 2.0),
         "lora_delta, vector": (x[0], A, B.t().contiguous().t(), 2.0),
         "lora_delta, bfloat16": (x.bfloat16(), A.bfloat16(), B.bfloat16(), 2.0),
         "lora_delta, no rows": (x[:0], A, B, 2.0),
         "lora_delta, recorded": (random(5, IN, grad=True), A.requires_grad_(), B, 2.0),
-        "batched_lora_delta": (x, *rows, IDS),
-        "batched_lora_delta, no rows": (x[:0], *rows, IDS[:0]),
-        "batched_lora_delta, recorded": (random(5, IN, grad=True), *rows, mixed, weights),
-        "batched_lora_delta_recorded": (x, *rows, mixed, weights),
-        "batched_lora_delta_backward": (grad, rows[0], then, IDS),
-        "batched_lora_delta_": (random(5, OUT), x, *rows, IDS, None),
-        "batched_adapt": (x, grad, *rows, IDS, 0.0),
-        "batched_adapt, options": (x, grad, *rows, mixed, 0.0, weights, 1.0, 2.0, False, 0.1),
+        "batched_lora_delta": (x, pool.handle, IDS),
+        "batched_lora_delta, no rows": (x[:0], pool.handle, IDS[:0]),
+        "batched_lora_delta, recorded": (random(5, IN, grad=True), pool.handle, mixed, weights),
+        "batched_lora_delta_recorded": (x, pool.handle, mixed, weights),
+        "batched_lora_delta_backward": (grad, number, IN, then, IDS),
+        "batched_lora_delta_": (random(5, OUT), x, pool.handle, IDS, None),
+        "batched_adapt": (x, grad, pool.handle, IDS, 0.0),
+        "batched_adapt, options": (x, grad, pool.handle, mixed, 0.0, weights, 1.0, 2.0, False, 0.1),
         "fisher_accumulate": (random(3, 7), random(3, 7, seed=1), 0.9, 0.1),
         "lora_fisher": (x, grad, A.detach(), B, 2.0),
         "lora_fisher, segments": (x, grad, A.detach(), B, 2.0, slots(0, 2, 5)),
         "lora_fisher_factors": (x, grad),
         "nf4_linear": (x, w.handle),
-        "nf4_linear, deep": (random(2, 3, IN), w.handle, None, -1, None, None, None, "bfloat16"),
+        "nf4_linear, deep": (random(2, 3, IN), w.handle, None, None, None, None, "bfloat16"),
         "nf4_linear, recorded": (
-            random(5, IN, grad=True), w.handle, random(OUT, grad=True), *rows, IDS,
+            random(5, IN, grad=True), w.handle, random(OUT, grad=True), pool.handle, IDS,
         ),
-        "nf4_linear_recorded": (x, w.handle, random(OUT), *rows, IDS, None, None),
-        "nf4_linear_backward": (grad, w.handle),
-        "nf4_linear_backward, adapters": (grad, w.handle, rows[0], then, IDS),
+        "nf4_linear_recorded": (x, w.handle, random(OUT), pool.handle, IDS, None, None),
+        "nf4_linear_backward": (grad, w.handle.shape[0], IN),
+        "nf4_linear_backward, adapters": (grad, w.handle.shape[0], IN, number, then, IDS),
     }  # fmt: skip
 
 
@@ -129,10 +102,10 @@ class TestValues:
         x, up, y = random(5, IN, grad=True), random(5, OUT), random(5, OUT, seed=3)
         ids, weights = (IDS, None) if k is None else (IDS[:, None].repeat(1, k), random(5, k))
         want = pool.forward(x.detach(), ids, weights)
-        got = OPS.batched_lora_delta(x, *of(pool), ids, weights)
+        got = OPS.batched_lora_delta(x, pool.handle, ids, weights)
         assert bits(got.detach()) == bits(want)
         added = y.clone()
-        OPS.batched_lora_delta_(added, x.detach(), *of(pool), ids, weights)
+        OPS.batched_lora_delta_(added, x.detach(), pool.handle, ids, weights)
         assert bits(added) == bits(pool.forward(x.detach(), ids, weights, out=y))
         got.backward(up)
         dx = torch.zeros(5, IN).double()
@@ -147,13 +120,12 @@ class TestValues:
 
     def test_batched_adapt(self):
         one, two = new_pool(dtype="bfloat16"), new_pool(dtype="bfloat16")
-        x, grad, before = random(5, IN), random(5, OUT), one.version_tensor.clone()
+        x, grad = random(5, IN), random(5, OUT)
         options = {"max_norm": 1.0, "lr_ratio": 2.0, "train_A": False, "weight_decay": 0.1}
-        outcomes = OPS.batched_adapt(x, grad, *of(one), IDS, 0.1, None, *options.values())
+        outcomes = OPS.batched_adapt(x, grad, one.handle, IDS, 0.1, None, *options.values())
         result = two.adapt(x, grad, IDS, 0.1, **options)
         assert outcomes.dtype == torch.uint8
         assert ((outcomes == 1).numpy() == np.asarray(result.applied)).all()
-        assert int(one.version_tensor - before) == 1
         for slot in (0, 1):
             for mine, theirs in zip(one.get(slot), two.get(slot), strict=True):
                 assert np.array_equal(mine, theirs)
@@ -162,7 +134,7 @@ class TestValues:
         pool, w = new_pool(), le.nf4_quantize(random(OUT, IN))
         x, bias, up = random(5, IN, grad=True), random(OUT, grad=True), random(5, OUT)
         plain = x.detach(), w, bias.detach(), pool, IDS
-        y = OPS.nf4_linear(x, w.handle, bias, *of(pool), IDS)
+        y = OPS.nf4_linear(x, w.handle, bias, pool.handle, IDS)
         assert bits(y.detach()) == bits(le.nf4_linear(*plain))
         y.backward(up)
         again, bias_again = x.detach().requires_grad_(), bias.detach().requires_grad_()
@@ -186,14 +158,14 @@ class TestValues:
     def test_an_adapter_changed_since_the_forward_pass_is_refused(self, change):
         pool = new_pool(history=1)
         x = random(5, IN, grad=True)
-        loss = OPS.batched_lora_delta(x, *of(pool), slots(0, 0, -1, 0, 0)).sum()
+        loss = OPS.batched_lora_delta(x, pool.handle, slots(0, 0, -1, 0, 0)).sum()
         pool.set(1, random(4, IN), random(OUT, 4), 1.0)  # of no row
         pool.add(random(4, IN), random(OUT, 4), 1.0)
         loss.backward(retain_graph=True)
         kept = x.grad.clone()
         pool.adapt(x.detach(), random(5, OUT), slots(1, 1, 1, 1, 1), lr=0.1)
         if change == "adapt":
-            OPS.batched_adapt(x.detach(), random(5, OUT), *of(pool), IDS, 0.1)
+            OPS.batched_adapt(x.detach(), random(5, OUT), pool.handle, IDS, 0.1)
         else:
             pool.set(0, random(4, IN), random(OUT, 4), 1.0)
         if change == "rollback":
@@ -221,204 +193,35 @@ def test_autograd_sees_what_is_written():
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     before = y._version
-    OPS.batched_lora_delta_(y, random(5, IN), *of(pool), IDS)
+    OPS.batched_lora_delta_(y, random(5, IN), pool.handle, IDS)
     assert y._version == before + 1
-
-
-# ---- torch.compile ----
-
-
-class Served(torch.nn.Module):
-    """A base layer, and each row's adapter on top."""
-
-    def __init__(self, pool):
-        super().__init__()
-        self.base, self.pool = torch.nn.Linear(IN, pool.out_features), pool
-
-    def forward(self, x, ids):
-        delta = torch.ops.lora_engine.batched_lora_delta(
-            x, self.pool.handle, self.pool.version_tensor, ids, None
-        )
-        return self.base(x) + delta
-
-
-@pytest.fixture(params=["aot_eager", "inductor"])
-def compiled(request):
-    """Compiles with no graph break, from nothing."""
-    torch.compiler.reset()
-    counters.clear()
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
-        yield lambda f: torch.compile(f, fullgraph=True, backend=request.param)
-    torch.compiler.reset()
-
-
-def test_a_compiled_module_serves_new_ranks_without_a_recompile(compiled):
-    pool = new_pool()
-    assert pool.handle  # before it is traced
-    module, x = Served(pool), random(5, IN, grad=True)
-    fast = compiled(module)
-    assert torch.allclose(fast(x, IDS), module(x, IDS), rtol=1e-5, atol=1e-5)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        added = pool.add(random(8, IN), random(OUT, 8), 1.0)
-        ids = slots(added, -1, 1, 0, added)
-        assert torch.allclose(fast(x, ids), module(x, ids), rtol=1e-5, atol=1e-5)
-        pool.remove(0)
-        pool.adapt(x.detach(), random(5, OUT), slots(1, 1, 1, 1, 1), lr=0.1)
-        ids = slots(added, -1, 1, 1, 1)
-        up = random(5, OUT)
-        fast(x, ids).backward(up)
-        got, x.grad = x.grad, None
-        module(x, ids).backward(up)
-        assert torch.allclose(got, x.grad, rtol=1e-5, atol=1e-5)
-    assert counters["stats"]["unique_graphs"] == 1
-    assert not counters["graph_break"]
-
-
-def test_a_compiled_forward_stays_on_its_side_of_an_adapt(compiled):
-    pool = new_pool()
-    x, grad = random(5, IN), random(5, OUT)
-    handle, version = of(pool)
-
-    def turns(x):
-        first = OPS.batched_lora_delta(x, handle, version, IDS)
-        outcomes = OPS.batched_adapt(x, grad, handle, version, IDS, 0.1)
-        y = grad.clone()
-        OPS.batched_lora_delta_(y, x, handle, version, IDS)
-        OPS.batched_adapt(x, grad, handle, version, IDS, 0.1)
-        return first, y - grad, OPS.batched_lora_delta(x, handle, version, IDS), outcomes
-
-    start, before = [pool.get(slot) for slot in (0, 1)], version.clone()
-    got = compiled(turns)(x)
-    assert int(version - before) == 2
-    for slot, weights in enumerate(start):
-        pool.set(slot, *weights)
-    want = turns(x)
-    for mine, theirs in zip(got, want, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
-    for later, earlier in ((got[1], got[0]), (got[2], got[1])):
-        assert (later - earlier)[0].abs().max() > 0.1
-
-
-def test_a_compiled_backward_pass_refuses_changed_adapters(compiled):
-    """Whether the forward's versions are kept, or read when it is too late."""
-    pool = new_pool()
-    handle, version = of(pool)
-    fast = compiled(lambda x: OPS.batched_lora_delta(x, handle, version, IDS).sum())
-    x = random(5, IN, grad=True)
-    loss = fast(x)
-    pool.add(random(1, IN), random(OUT, 1), 1.0)
-    loss.backward()
-    assert x.grad[0].any()
-    loss = fast(x)
-    pool.set(1, random(1, IN), random(OUT, 1), 1.0)
-    with pytest.raises(RuntimeError, match="adapters that were changed since"):
-        loss.backward()
-
-
-def test_compiled_nf4_linear_with_any_number_of_rows(compiled):
-    pool, w = new_pool(), le.nf4_quantize(random(OUT, IN))
-    rows = (w.handle, None, *of(pool))
-    fast = compiled(lambda x, ids: OPS.nf4_linear(x, *rows, ids).tanh())
-    for n in (2, 3, 5, 4):
-        x = random(n, IN, grad=True)
-        y = fast(x, IDS[:n])
-        assert torch.allclose(y, OPS.nf4_linear(x, *rows, IDS[:n]).tanh(), rtol=1e-5, atol=1e-5)
-        y.sum().backward()
-        assert x.grad.shape == (n, IN)
-    assert counters["stats"]["unique_graphs"] <= 2  # of 2 rows, of any number
-
-
-def test_a_handle_first_read_in_a_trace_is_refused():
-    torch.compiler.reset()
-    fast = torch.compile(Served(new_pool()), fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match="read once before it is traced"):
-        fast(random(5, IN), IDS)
-
-
-# ---- handles ----
-
-
-def test_handles_are_never_reused_and_tell_sizes_apart():
-    pools = [new_pool(), new_pool(), new_pool(out=OUT + 1)]
-    handles = [p.handle for p in pools]
-    assert handles == [p.handle for p in pools]
-    assert len(set(handles)) == 3
-    sizes = [h % 2**32 for h in handles]
-    assert sizes[0] == sizes[1] != sizes[2]
-    del pools
-    gc.collect()
-    assert new_pool().handle not in handles
-
-
-def test_handles_keep_nothing_alive():
-    pool = new_pool()
-    handle, version = of(pool)
-    OPS.batched_lora_delta(random(5, IN), handle, version, IDS)
-    del pool
-    gc.collect()
-    with pytest.raises(ValueError, match=r"pool: expected the handle of a living AdapterPool, got"):
-        OPS.batched_lora_delta(random(5, IN), handle, version, IDS)
-
-
-def test_every_change_grows_the_version_tensor():
-    pool = new_pool(history=1)
-    x, grad = random(1, IN), random(1, OUT)
-    seen = [int(pool.version_tensor)]
-    for change in (
-        lambda: pool.add(random(2, IN), random(OUT, 2), 1.0),
-        lambda: pool.set(0, random(2, IN), random(OUT, 2), 1.0),
-        lambda: pool.rollback(0),
-        lambda: pool.adapt(x, grad, slots(0), lr=0.1),
-        lambda: (pool.accumulate_gradient(0, x, grad), pool.apply_updates(lr=0.1)),
-        lambda: pool.remove(0),
-    ):
-        change()
-        seen.append(int(pool.version_tensor))
-    assert all(b > a for a, b in itertools.pairwise(seen))
-
-
-def test_importing_defines_the_ops_and_nothing_imports_torch_before():
-    script = """
-import sys, numpy as np, lora_engine as le
-pool = le.AdapterPool(4, 4)
-w = le.nf4_quantize(np.ones((4, 4), "f4"))
-assert "torch" not in sys.modules
-assert w.handle and pool.handle
-import torch
-assert torch.ops.lora_engine.nf4_linear(torch.ones(1, 4), w.handle).tolist() == [[4.0] * 4]
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # ---- refusals ----
 
 
 def refusals(pool, w):
-    h, v = of(pool)
+    h = pool.handle
     x, grad, needs = random(5, IN), random(5, OUT), random(5, IN, grad=True)
-    weights = random(5, grad=True)
+    weights, up = random(5, grad=True), grad.clone()
     other = torch.zeros(5, dtype=torch.int32, device="meta")
     kind = "expected the handle of a living"
     return {
-        "kind of pool": (f"pool: {kind}.*NF4Tensor", "batched_lora_delta", (x, w.handle, v, IDS)),
+        "kind of pool": (f"pool: {kind}.*NF4Tensor", "batched_lora_delta", (x, w.handle, IDS)),
         "kind of w": (f"w: {kind} NF4.*AdapterPool", "nf4_linear", (x, h)),
-        "unknown": (f"pool: {kind}.*nothing", "batched_adapt", (x, grad, 5, v, IDS, 0.1)),
-        "ids elsewhere": ("ids: .*cpu.*meta", "batched_lora_delta", (x, h, v, other)),
-        "ids elsewhere, nf4": ("ids: .*meta", "nf4_linear", (x, w.handle, None, h, v, other)),
-        "version's size": (r"version: .*\[2\]", "batched_lora_delta", (x, h, v.repeat(2), IDS)),
-        "version's dtype": ("version: .*int32", "batched_adapt", (x, grad, h, v.int(), IDS, 0.1)),
-        "version's device": (
-            "version: .*meta", "batched_lora_delta_", (grad, x, h, v.to("meta"), IDS),
-        ),
-        "no version": ("version, ids:", "nf4_linear", (x, w.handle, None, h, None, IDS)),
-        "no pool": ("pool: .*-1", "nf4_linear", (x, w.handle, None, -1, v, IDS)),
-        "shape": (r"x: .*\[5, 9\]", "batched_lora_delta", (grad, h, v, IDS)),
-        "weights' grad": ("weights: .*grad", "batched_lora_delta", (x, h, v, IDS, weights)),
-        "x's grad, in place": ("x: .*grad", "batched_lora_delta_", (grad, needs, h, v, IDS)),
-        "x's grad, adapt": ("x: .*grad", "batched_adapt", (needs, grad, h, v, IDS, 0.1)),
+        "unknown": (f"pool: {kind}.*nothing", "batched_adapt", (x, grad, h[:5], IDS, 0.1)),
+        "no handle": (r"pool: .*got a tensor \[5\]", "batched_lora_delta", (x, IDS, IDS)),
+        "no handle of w": (r"w: .*got a tensor \[5, 17\]", "nf4_linear", (x, x)),
+        "a tensor of numbers": (r"\[5, 1, 9\]", "batched_adapt", (x, grad, up[:, None], IDS, 0.1)),
+        "handle elsewhere": ("pool: .*meta", "batched_lora_delta_", (grad, x, h.to("meta"), IDS)),
+        "ids elsewhere": ("ids: .*cpu.*meta", "batched_lora_delta", (x, h, other)),
+        "ids elsewhere, nf4": ("ids: .*meta", "nf4_linear", (x, w.handle, None, h, other)),
+        "no ids": ("ids:.*none", "nf4_linear", (x, w.handle, None, h)),
+        "no pool": ("pool: .*none", "nf4_linear", (x, w.handle, None, None, IDS)),
+        "shape": (r"x: .*\[5, 9\]", "batched_lora_delta", (grad, h, IDS)),
+        "weights' grad": ("weights: .*grad", "batched_lora_delta", (x, h, IDS, weights)),
+        "x's grad, in place": ("x: .*grad", "batched_lora_delta_", (grad, needs, h, IDS)),
+        "x's grad, adapt": ("x: .*grad", "batched_adapt", (needs, grad, h, IDS, 0.1)),
         "F's grad": ("F: .*grad", "fisher_accumulate", (needs, x, 0.9, 0.1)),
         "grad of fisher": ("x: .*grad", "lora_fisher_factors", (needs, grad)),
     }  # fmt: skip
@@ -440,8 +243,49 @@ def test_no_grad_is_as_good_as_no_requires_grad():
     pool = new_pool()
     x = random(5, IN, grad=True)
     with torch.no_grad():
-        y = OPS.batched_lora_delta(x, *of(pool), IDS)
-        assert OPS.batched_adapt(x, random(5, OUT), *of(pool), IDS, 0.1)[0] == 1
+        y = OPS.batched_lora_delta(x, pool.handle, IDS)
+        assert OPS.batched_adapt(x, random(5, OUT), pool.handle, IDS, 0.1)[0] == 1
     assert not y.requires_grad
     with pytest.raises(IndexError, match="got 7"):
-        OPS.batched_lora_delta(x, *of(pool), slots(0, 0, 7, 0, 0))
+        OPS.batched_lora_delta(x, pool.handle, slots(0, 0, 7, 0, 0))
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("name", [n for n in NAMES if "recorded" not in n and "no rows" not in n])
+def test_a_tangent_is_refused(name, grad_mode):
+    """Which would be lost: the derivative would be zero without an error."""
+    op = name.split(",")[0]
+    pool, w = new_pool(), le.nf4_quantize(random(OUT, IN))
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in calls(pool, w)[name]]
+    floats = [i for i, a in enumerate(arguments)
+              if isinstance(a, torch.Tensor) and a.is_floating_point()]  # fmt: skip
+    for i in floats:
+        with forward_ad.dual_level(), grad_mode():
+            given = list(arguments)
+            given[i] = forward_ad.make_dual(given[i], torch.ones_like(given[i]))
+            with pytest.raises(ValueError, match=rf"^{op}: \w+: .* got a dual tensor"):
+                getattr(OPS, op)(*given)
+            getattr(OPS, op)(*arguments)  # of others nothing is lost
+    with pytest.raises(ValueError, match=f"{op}: .* got a dual tensor"):
+        torch.func.jvp(
+            lambda t: getattr(OPS, op)(*arguments[: floats[0]], t, *arguments[floats[0] + 1 :]),
+            (arguments[floats[0]],), (torch.ones_like(arguments[floats[0]]),),
+        )  # fmt: skip
+
+
+def test_adapting_in_inference_mode():
+    one, two = new_pool(), new_pool()
+    x, grad = random(5, IN), random(5, OUT)
+    with torch.inference_mode():
+        OPS.batched_adapt(x, grad, one.handle.clone(), IDS, 0.1)
+    OPS.batched_adapt(x, grad, two.handle, IDS, 0.1)
+    for slot in (0, 1):
+        for mine, theirs in zip(one.get(slot), two.get(slot), strict=True):
+            assert np.array_equal(mine, theirs)
+
+
+def test_a_handle_made_in_inference_mode_is_changed_outside_it():
+    pool = new_pool()
+    with torch.inference_mode():
+        handle = pool.handle.clone()
+    assert OPS.batched_adapt(random(5, IN), random(5, OUT), handle, IDS, 0.1)[0] == 1

@@ -200,19 +200,40 @@ def test_changes_are_no_part_of_a_graph():
     op, pool = Forward(), stated()
     pool.add(*adapter())
     op(pool)
-    before = bits(pool.get(0)[0])
+    grad = zeros(4, OUT) + 1
+    pool.accumulate_gradient(0, op.x, grad)
+    before, waits = bits(pool.get(0)[0]), bits(pool.gradient(0)[0])
     with capturing():
         for change in (
             lambda: pool.add(*adapter()),
             lambda: pool.set(0, *adapter(seed=1)),
             lambda: pool.rollback(0),
             lambda: pool.remove(0),
+            lambda: pool.accumulate_gradient(0, op.x, grad),
+            lambda: pool._storage.gradient(op.x, grad, 0, None, zeros(3 * (IN + OUT))),
+            lambda: pool.apply_updates(lr=0.1),
+            lambda: pool._storage.adapt_slot(op.x, grad, 0, None),
+            lambda: pool.get(0),
         ):
             with pytest.raises(RuntimeError, match="stream: expected none that is being captured"):
                 change()
         op(pool)
     assert bits(pool.get(0)[0]) == before
+    assert bits(pool.gradient(0)[0]) == waits
     assert pool.version(0) == 1
+
+
+def test_a_slot_called_by_name_is_known_before_the_capture():
+    op, pool = Forward(), stated()
+    pool.add(*adapter())
+    with (
+        capturing(),
+        pytest.raises(RuntimeError, match=r"^MicroLoRA.forward: stream: .*a call with"),
+    ):
+        pool._storage.forward_slot(op.x, 0, None, False, False, OUT)
+    pool._storage.forward_slot(op.x, 0, None, False, False, OUT)
+    with capturing():
+        pool._storage.forward_slot(op.x, 0, op.y, False, False, OUT)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="streams are a GPU's")

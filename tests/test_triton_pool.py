@@ -212,3 +212,17 @@ def test_numpy_arrays_are_taken_by_the_interpreter():
     y = pool.forward(x, ids)
     assert isinstance(y, np.ndarray)
     assert bits(y) == bits(pool.forward(torch.from_numpy(x), torch.from_numpy(ids)))
+
+
+def test_a_pool_that_cannot_be_allocated_is_a_memory_error():
+    with pytest.raises(MemoryError, match=r"^AdapterPool: memory: expected \d+ bytes on .*\[\d+\]"):
+        le.AdapterPool(2**20, 2**20, capacity=2**14, max_rank=2**10, device=DEVICE)
+    with pytest.raises(MemoryError, match=r"AdapterPool: memory: expected .* smaller limits"):
+        le.AdapterPool(2**30, 2**30, capacity=2**40, max_rank=2**10, device=DEVICE)
+
+
+def test_a_device_of_torch():
+    pool = le.AdapterPool(4, 3, device=torch.device(DEVICE))
+    assert pool._storage.adapters.arena.device.type == torch.device(DEVICE).type
+    with pytest.raises(ValueError, match="device: expected"):
+        le.AdapterPool(4, 3, device=torch.device("meta"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,10 +35,15 @@ def _size(name: str, value: Any) -> int:
         raise TypeError(got) from None
 
 
-def _backend_of(device: str | None) -> tuple[Any, tuple[Any, ...]]:
+def _backend_of(device: Any) -> tuple[Any, tuple[Any, ...]]:
     """The backend for a pool on that device, and the device where its Pool takes one."""
+    torch = sys.modules.get("torch")  # who has a device of it has imported it
+    if torch is not None and isinstance(device, torch.device):
+        device = str(device)
     if device is not None and not isinstance(device, str):
-        raise TypeError(f"AdapterPool: device: expected a name or None, got {device!r}")
+        raise TypeError(
+            f"AdapterPool: device: expected a name, a torch.device or None, got {device!r}"
+        )
     try:
         backend = chosen((device or "").split(":")[0] == "cuda")
     except RuntimeError as why:
@@ -57,8 +63,8 @@ class AdapterPool:
     weights are stored, "float32", "bfloat16" or "float16" (rounded to nearest when
     added, so beyond 65504 to Inf in float16; stochastically when adapted, keyed
     (seed, slot, version, element), and then never to Inf).
-    device: where the weights are, "cpu" or "cuda" ("cuda:1", ...), with x, ids and outputs
-    beside them; None: the CPU, or what LORA_ENGINE_BACKEND=triton computes on.
+    device: where the weights are, "cpu" or "cuda" ("cuda:1", ...; or a torch.device), with x, ids
+    and outputs beside them; None: the CPU, or what LORA_ENGINE_BACKEND=triton computes on.
     capacity, max_rank: limits, default none; on a GPU both together fix the storage, which
     else doubles when it is full, but raises RuntimeError once a CUDA graph was captured with
     the pool, which has to outlive the graph. history=1 keeps the weights before the last
@@ -72,7 +78,9 @@ class AdapterPool:
     Safe to use from several threads: a forward sees an adapter as it was before
     or after an adapt, never in between.
 
-    Raises ValueError (shape, range), TypeError (dtype).
+    It is neither copied nor pickled, nor is a module that holds one.
+
+    Raises ValueError (shape, range), TypeError (dtype), MemoryError.
     """
 
     def __init__(
@@ -80,7 +88,7 @@ class AdapterPool:
         in_features: int,
         out_features: int | Sequence[int],
         dtype: str = "float32",
-        device: str | None = None,
+        device: Any = None,
         capacity: int | None = None,
         max_rank: int | None = None,
         history: int = 0,
@@ -112,8 +120,7 @@ class AdapterPool:
             seed,
             *where,
         )
-        self._handle: int | None = None
-        self._version_tensor: Any = None
+        self._handle: Any = None
         self._pending: dict[int, PendingGradient] = {}
         # Of _pending and _owners, and held while a slot changes hands: a gradient that waits
         # is applied to the adapter that it is of, or to none.
@@ -131,6 +138,12 @@ class AdapterPool:
             f"AdapterPool({shape}, dtype={self.dtype!r}): {len(self)} adapters, {self.nbytes} bytes"
         )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "AdapterPool: copy, pickle: expected adapters, got a pool: add what get(slot) gives"
+            " to another pool, or save it as a file of adapters, and make the pool anew"
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes the pool has allocated: weights, bookkeeping, gradients that wait."""
@@ -143,43 +156,19 @@ class AdapterPool:
     # ---- for torch.ops.lora_engine ----
 
     @property
-    def handle(self) -> int:
-        """The number that stands for this pool in ``torch.ops.lora_engine``, while it lives.
+    def handle(self) -> Any:
+        """The tensor that stands for this pool in ``torch.ops.lora_engine``, while it lives.
 
-        Made at first use, which imports torch and defines the ops: read it, or
-        ``version_tensor``, once before torch.compile traces what uses them.
+        Empty, beside the weights; its sizes say whose it is, in this process. Made at first use,
+        which imports torch and its compiler and defines the ops: read it once before
+        torch.compile traces what uses it.
         """
         if self._handle is None:
-            self._name()
-        return self._handle  # type: ignore[return-value]
+            from lora_engine import torch_ops  # noqa: F401  defines the ops
 
-    @property
-    def version_tensor(self) -> Any:
-        """An int64 tensor [1] beside the weights that grows with each change of the pool; what
-        the ops take it for is order: to a compiler, ``batched_adapt`` writes what a forward
-        reads."""
-        if self._version_tensor is None:
-            self._name()
-        return self._version_tensor
-
-    def _name(self) -> None:
-        import torch
-
-        from lora_engine import torch_ops  # noqa: F401  defines the ops
-
-        if torch.compiler.is_compiling():
-            raise RuntimeError("AdapterPool.handle: expected to be read once before it is traced")
-        with self._pending_lock:
-            if self._handle is None:
-                device = getattr(self._storage, "device", "cpu")
-                with torch.inference_mode(False):
-                    self._version_tensor = torch.zeros(1, dtype=torch.int64, device=device)
-                self._handle = handles.issue(self, (self.in_features, self.out_features))
-
-    def changed(self) -> None:
-        """Says to the ops of torch that an adapter changed."""
-        if self._version_tensor is not None:
-            self._version_tensor.add_(1)
+            device = getattr(self._storage, "device", "cpu")
+            self._handle = handles.issue("AdapterPool.handle", self, self.out_features, device)
+        return self._handle
 
     # ---- adapters in and out ----
 
@@ -197,7 +186,6 @@ class AdapterPool:
         slot = int(self._storage.add(self._slices_of(A), self._slices_of(B), s))
         with self._pending_lock:
             self._owners.begin(slot)
-        self.changed()
         return slot
 
     def set(self, slot: int, A: Any, B: Any, scaling: float) -> None:
@@ -207,7 +195,6 @@ class AdapterPool:
             self._storage.set(slot, self._slices_of(A), self._slices_of(B), s)
             self._owners.begin(slot, self.version(slot) if self._history else None)
             self._pending.pop(slot, None)
-        self.changed()
 
     def get(self, slot: int) -> tuple[Any, Any, float]:
         """Copies of (A, B, scaling), as NumPy float32; lists of A and B with several slices."""
@@ -220,7 +207,6 @@ class AdapterPool:
             self._storage.remove(slot)
             self._owners.end(slot)
             self._pending.pop(slot, None)
-        self.changed()
 
     def ranks(self, slot: int) -> tuple[int, ...]:
         """The rank of each slice, 0 for a missing one."""
@@ -237,7 +223,6 @@ class AdapterPool:
             self._storage.rollback(slot)
             self._owners.rolled_back(slot, version)
             self._pending.pop(slot, None)
-        self.changed()
 
     def forward(
         self, x: Any, ids: Any, weights: Any = None, out: Any = None, accumulate: bool = True
@@ -332,7 +317,6 @@ class AdapterPool:
                 left_out = f"{refused} gradients with NaN or Inf were left out" if refused else ""
                 notes[slot] = ops.NOTES[outcome] if outcome == ops.NOT_FINITE else left_out
             self._pending.clear()
-        self.changed()
         return notes
 
     def clear_updates(self) -> None:

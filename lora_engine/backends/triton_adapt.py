@@ -90,6 +90,7 @@ def adapt_slot(pool: Pool, x: Any, grad: Any, slot: int, step: Step) -> tuple[in
     """(outcome, norm of the mean gradient)."""
     op = "batched_adapt"
     with pool.lock:
+        pool.check_uncaptured(op)
         rows, up = _samples(op, pool, x, grad)
         how = _checked(op, pool, step)
         ranks = pool.slot(op, slot).ranks
@@ -127,6 +128,7 @@ def gradient(pool: Pool, x: Any, grad: Any, slot: int, h: Any, gradient: Any) ->
     """
     op = "AdapterPool.gradient"
     with pool.lock:
+        pool.check_uncaptured(op)
         rows, up = _samples(op, pool, x, grad)
         to = _buffer(op, pool, slot, gradient)
         check_output(op, "gradient", gradient, to)
@@ -146,6 +148,7 @@ def apply(pool: Pool, gradient: Any, slot: int, scale: float, step: Step) -> tup
     """A step with ``scale`` times an accumulated gradient; (outcome, its norm)."""
     op = "AdapterPool.apply"
     with pool.lock:
+        pool.check_uncaptured(op)
         how = _checked(op, pool, step)
         check_finite(op, "scale", scale)
         given = _buffer(op, pool, slot, gradient)

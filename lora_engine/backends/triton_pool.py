@@ -117,7 +117,7 @@ class Pool:
         """What kernels read."""
         return self._storage.adapters
 
-    def _check_uncaptured(self, op: str) -> None:
+    def check_uncaptured(self, op: str) -> None:
         """Refuses what the host keeps account of: a replay would do it again without it."""
         if capturing(self.device):
             want = "none that is being captured: it is not part of a graph"
@@ -226,7 +226,7 @@ class Pool:
     def add(self, A: list[Any], B: list[Any], scaling: float) -> int:
         op = "AdapterPool.add"
         with self.lock:
-            self._check_uncaptured(op)
+            self.check_uncaptured(op)
             self.raise_bad_id()
             weights = self._read(op, A, B, scaling)
             if self.capacity and len(self._slots) >= self.capacity:
@@ -248,7 +248,7 @@ class Pool:
     def set(self, slot: int, A: list[Any], B: list[Any], scaling: float) -> None:
         op = "AdapterPool.set"
         with self.lock:
-            self._check_uncaptured(op)
+            self.check_uncaptured(op)
             held = self.slot(op, slot)
             weights = self._read(op, A, B, scaling)
             self._storage.check_room(op, self._issued, weights.ranks, held.size)
@@ -258,7 +258,7 @@ class Pool:
     def rollback(self, slot: int) -> None:
         op = "AdapterPool.rollback"
         with self.lock:
-            self._check_uncaptured(op)
+            self.check_uncaptured(op)
             held = self.slot(op, slot)
             if not self.history:
                 raise refuse(ValueError, op, "pool", "history=1", "a pool made with history=0")
@@ -274,7 +274,7 @@ class Pool:
     def remove(self, slot: int) -> None:
         op = "AdapterPool.remove"
         with self.lock:
-            self._check_uncaptured(op)
+            self.check_uncaptured(op)
             held = self._known(op, slot)
             self.adapters.ranks[slot] = -1
             self._storage.give(held.blocks, held.size)
@@ -282,8 +282,10 @@ class Pool:
             self._freed.append(slot)
 
     def get(self, slot: int) -> tuple[list[Any], list[Any], float]:
+        op = "AdapterPool.get"
         with self.lock:
-            held = self.slot("AdapterPool.get", slot)
+            self.check_uncaptured(op)
+            held = self.slot(op, slot)
             weights = self._weights(slot, held.blocks[0], held.ranks)
         values, at = weights.flat.float().cpu().numpy(), 0
         A: list[Any] = []
@@ -300,6 +302,7 @@ class Pool:
         return list(self.slot("AdapterPool.ranks", slot).ranks)
 
     def version(self, slot: int) -> int:
+        self.check_uncaptured("AdapterPool.version")
         self.slot("AdapterPool.version", slot)
         return int(self.adapters.versions[slot])
 
@@ -345,9 +348,12 @@ class Pool:
             batched_lora_delta(rows, batch, to.rows, accumulate and out is not None)
             return to.result
 
-    def _all_of(self, slot: int, n: int) -> torch.Tensor:
+    def _all_of(self, op: str, slot: int, n: int) -> torch.Tensor:
         """ids that name one slot n times, without a copy of each."""
         if slot >= self._names.numel():
+            if capturing(self.device):
+                want = "a call with this slot before the capture: this one copies from the host"
+                raise refuse(RuntimeError, op, "stream", want, "a capture")
             names = torch.arange(self.adapters.ranks.shape[0], dtype=torch.int32)
             self._names = names.to(self.device)
         return self._names[slot].expand(n)
@@ -355,9 +361,10 @@ class Pool:
     def forward_slot(
         self, x: Any, slot: int, out: Any, accumulate: bool, transposed: bool, width: int
     ) -> Any:
-        self.slot("MicroLoRA.forward", slot)
+        op = "MicroLoRA.forward"
+        self.slot(op, slot)
         n = x.shape[0] if getattr(x, "ndim", 1) == 2 else 1
-        return self.forward(x, self._all_of(slot, n), None, out, accumulate, transposed)
+        return self.forward(x, self._all_of(op, slot, n), None, out, accumulate, transposed)
 
     def adapt(self, x: Any, grad: Any, ids: Any, weights: Any, step: Step) -> Any:
         return adapting.adapt(self, x, grad, ids, weights, step)
@@ -380,7 +387,7 @@ class Pool:
         with self.lock:
             ranks = self.slot(op, slot).ranks
             rows = matrix(op, "x", x, None, self.in_features)
-            batch = self.batch(op, self._all_of(slot, rows.shape[0]), None, rows, False)
+            batch = self.batch(op, self._all_of(op, slot, rows.shape[0]), None, rows, False)
             partial, splits = shrink(rows, batch)
             n, each = rows.shape[0], batch.rank_stride
             held = partial[: n * splits * len(ranks) * each].view(n, splits, len(ranks), each)

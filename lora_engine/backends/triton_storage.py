@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,7 +48,15 @@ class Storage:
         )
 
     def _new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> torch.Tensor:
-        return torch.full(shape, fill, dtype=dtype, device=self.device)
+        size = math.prod(shape) * dtype.itemsize
+        if size < 2**63:
+            try:
+                return torch.full(shape, fill, dtype=dtype, device=self.device)
+            except RuntimeError as why:
+                if self.device.type != "cpu" and not isinstance(why, torch.OutOfMemoryError):
+                    raise  # not about memory; the CPU's allocator has no class of its own
+        want = f"{size} bytes on {self.device}, for {list(shape)} of {dtype}"
+        raise refuse(MemoryError, "AdapterPool", "memory", want, "less: state smaller limits")
 
     def _tables(self, slots: int, arena: torch.Tensor, max_rank: int) -> Adapters:
         shape = (slots, len(self.outs))

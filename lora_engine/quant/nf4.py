@@ -44,7 +44,7 @@ class NF4Tensor:
     def __init__(self, parts: Parts, state: State, torch: bool) -> None:
         self._parts, self._state, self._torch = parts, state, torch
         self._storages: dict[Any, Any] = {}
-        self._handle: int | None = None
+        self._handle: Any = None
         self.storage(chosen())  # refuses what does not fit
 
     def storage(self, backend: Any) -> Any:
@@ -189,16 +189,17 @@ class NF4Tensor:
         return self
 
     @property
-    def handle(self) -> int:
-        """The number that stands for this matrix in ``torch.ops.lora_engine``, while it lives.
+    def handle(self) -> Any:
+        """The tensor that stands for this matrix in ``torch.ops.lora_engine``, while it lives.
 
-        Made at first use, which imports torch and defines the ops: read it once before
-        torch.compile traces what uses it.
+        Empty, on the CPU; its sizes say whose it is, in this process. Made at first use, which
+        imports torch and its compiler and defines the ops: read it once before torch.compile
+        traces what uses it.
         """
         if self._handle is None:
             from lora_engine import torch_ops  # noqa: F401  defines the ops
 
-            self._handle = handles.issue(self, self.shape)
+            self._handle = handles.issue("NF4Tensor.handle", self, self.shape[0], "cpu")
         return self._handle
 
     @property
