@@ -138,18 +138,17 @@ class PoolEwc:
 
     # ---- state ----
 
-    def slots(self) -> list[int]:
-        """Slots in use of which something may be kept."""
+    def states(self) -> dict[int, SlotState]:
+        """What is kept, by slot, all of one moment."""
         with self.pool._pending_lock:
-            slots = np.array(sorted({*self._recorded, *self._moving.slots().tolist()}), np.int64)
-            in_use: list[int] = slots[self.pool._owners.of(slots) > 0].tolist()
-        return in_use
+            slots = sorted({*self._recorded, *self._moving.slots().tolist()})
+            in_use = [slot for slot in slots if self.pool._owners.of_one(slot)]
+            return {slot: self._state(slot) for slot in in_use}
 
-    def state(self, slot: int) -> SlotState:
-        with self.pool._pending_lock:
-            samples = self._moving.samples(slot)
-            mean = self._moving.mean(slot) if samples else None
-            return SlotState(self._record(slot), mean, samples)
+    def _state(self, slot: int) -> SlotState:
+        samples = self._moving.samples(slot)
+        mean = self._moving.mean(slot) if samples else None
+        return SlotState(self._record(slot), mean, samples)
 
     def load(self, states: dict[int, SlotState]) -> None:
         """Replaces everything by states that were checked."""
