@@ -176,3 +176,11 @@ def test_it_is_saved_beside_the_adapter(form, tmp_path):
     }
     with pytest.raises(le.FormatError, match="other weights"):
         le.EWC.load(file, made())
+
+
+def test_settings_are_checked(form):
+    for lam in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="ewc_lambda: expected 0 or more"):
+            le.EWC(made(), lam, form=form)
+    with pytest.raises(ValueError, match="form"):
+        le.EWC(made(), 1.0, form=form + "s")

@@ -315,7 +315,7 @@ def test_a_record_is_read_and_restored(form, slices, ranks):
     with pytest.raises(ValueError, match=r"EWC\.get: slot: expected one with a record, got slot 0"):
         storage.get(0)
     wrong = [None if m is None else m[1:] for m in got[2]]
-    with pytest.raises(ValueError, match=r"EWC\.restore: anchor: expected shape"):
+    with pytest.raises(ValueError, match=r"EWC\.restore: anchor"):
         storage.restore(0, got[0], got[1], wrong, got[3])
     assert learning.ewc.penalty() == 0.0
     storage.restore(0, *got)

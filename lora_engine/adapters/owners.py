@@ -30,6 +30,10 @@ class Owners:
         owners: I64 = np.where(known, self._now[np.where(known, slots, 0)], 0)
         return owners
 
+    def of_one(self, slot: int) -> int:
+        """``of`` a single slot."""
+        return int(self._now[slot]) if 0 <= slot < len(self._now) else 0
+
     def begin(self, slot: int, version: int | None = None) -> None:
         """Another adapter is in the slot. version: where a rollback can undo it, the slot's."""
         if slot >= len(self._now):

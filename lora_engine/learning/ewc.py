@@ -169,9 +169,7 @@ class EWC:
             ids = np.array(slot)
         rows = samples.rows(op, "x", x, held.pool.in_features)
         up = samples.rows(op, "grad", grad, held.pool.out_features, len(rows))
-        if not ids.ndim:
-            ids = np.full(len(rows), ids)
-        elif ids.shape != (len(rows),):
+        if ids.ndim and ids.shape != (len(rows),):
             raise ValueError(f"{op}: ids: expected shape [{len(rows)}], got {list(ids.shape)}")
         taken, left_out = held.observe(rows, up, ids)
         note = f"{left_out} rows with NaN or Inf were left out" if left_out else ""

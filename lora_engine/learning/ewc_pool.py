@@ -8,13 +8,12 @@ import numpy as np
 
 from lora_engine import ops
 from lora_engine.adapters.pool import AdapterPool
+from lora_engine.learning.fisher_merge import merge_factors, merge_weights
 from lora_engine.learning.moving_fisher import (
     MovingFactors,
     MovingFisher,
     MovingWeights,
     Pair,
-    merge_factors,
-    merge_weights,
 )
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class PoolEwc:
     def set(self, slot: int, first: Any, second: Any) -> None:
         with self.pool._pending_lock:
             self._storage.set(slot, self.pool._slices_of(first), self.pool._slices_of(second))
-            self._recorded[slot] = self._owner(slot)
+            self._recorded[slot] = self.pool._owners.of_one(slot)
 
     def remove(self, slot: int) -> None:
         with self.pool._pending_lock:
@@ -83,9 +82,6 @@ class PoolEwc:
             return None
         return record
 
-    def _owner(self, slot: int) -> int:
-        return int(self.pool._owners.of(np.array([slot]))[0])
-
     def _check_in_use(self, slots: I64) -> None:
         bad = slots[self.pool._owners.of(slots) == 0]
         if len(bad):
@@ -94,7 +90,9 @@ class PoolEwc:
     # ---- samples ----
 
     def observe(self, x: Any, grad: Any, ids: I64) -> tuple[int, int]:
-        """(samples taken, rows left out); ids int64 [n], -1 for none."""
+        """(samples taken, rows left out); ids int64 [n], -1 for none, or [] of all rows."""
+        if not ids.ndim:
+            return self._observe_slot(x, grad, int(ids))
         named = ids >= 0
         if not named.all():
             x, grad, ids = x[named], grad[named], ids[named]
@@ -102,6 +100,15 @@ class PoolEwc:
             self._check_in_use(ids)
             refused = self._moving.observe(x, grad, ids)
         return len(ids) - refused, refused
+
+    def _observe_slot(self, x: Any, grad: Any, slot: int) -> tuple[int, int]:
+        if slot < 0:
+            return 0, 0
+        with self.pool._pending_lock:
+            if not self.pool._owners.of_one(slot):
+                self.pool.version(slot)  # raises IndexError
+            refused = self._moving.observe_slot(x, grad, slot)
+        return len(x) - refused, refused
 
     def consolidate(self, slots: list[int] | None) -> tuple[dict[int, int], list[int]]:
         """(samples of each slot that was consolidated, slots that observed nothing)."""
@@ -127,36 +134,35 @@ class PoolEwc:
         old = self._record(slot)
         fisher = self._merge(old[:2] if old else None, self._moving.mean(slot), self.gamma)
         self._storage.set(slot, *fisher)
-        self._recorded[slot] = self._owner(slot)
+        self._recorded[slot] = self.pool._owners.of_one(slot)
         self._moving.forget(slot)
 
     # ---- state ----
 
-    def slots(self) -> list[int]:
-        """Slots in use of which something may be kept."""
+    def states(self) -> dict[int, SlotState]:
+        """What is kept, by slot, all of one moment."""
         with self.pool._pending_lock:
-            slots = np.array(sorted({*self._recorded, *self._moving.slots().tolist()}), np.int64)
-            in_use: list[int] = slots[self.pool._owners.of(slots) > 0].tolist()
-        return in_use
+            slots = sorted({*self._recorded, *self._moving.slots().tolist()})
+            in_use = [slot for slot in slots if self.pool._owners.of_one(slot)]
+            return {slot: self._state(slot) for slot in in_use}
 
-    def state(self, slot: int) -> SlotState:
-        with self.pool._pending_lock:
-            samples = self._moving.samples(slot)
-            mean = self._moving.mean(slot) if samples else None
-            return SlotState(self._record(slot), mean, samples)
+    def _state(self, slot: int) -> SlotState:
+        samples = self._moving.samples(slot)
+        mean = self._moving.mean(slot) if samples else None
+        return SlotState(self._record(slot), mean, samples)
 
     def load(self, states: dict[int, SlotState]) -> None:
         """Replaces everything by states that were checked."""
         with self.pool._pending_lock:
             self._check_in_use(np.array(sorted(states), np.int64))
             for slot in self._recorded:
-                if self._owner(slot):
+                if self.pool._owners.of_one(slot):
                     self._storage.remove(slot)
             self._recorded.clear()
             self._moving.clear()
             for slot, state in states.items():
                 if state.record:
                     self._storage.restore(slot, *state.record)
-                    self._recorded[slot] = self._owner(slot)
+                    self._recorded[slot] = self.pool._owners.of_one(slot)
                 if state.mean:
                     self._moving.put(slot, state.mean, state.samples)

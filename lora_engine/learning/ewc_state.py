@@ -38,27 +38,23 @@ Arrays = dict[str, np.ndarray]
 # ---- to arrays --------------------------------------------------------------
 
 
-def _places(ewc: EWC) -> dict[str, tuple[PoolEwc, int]]:
-    """What may have a state, by name."""
-    if isinstance(ewc.target, MicroLoRA):
-        return ewc._where
-    held = ewc._pools[ewc.target]
-    return {str(slot): (held, slot) for slot in held.slots()}
-
-
 def to_arrays(ewc: EWC) -> Arrays:
     arrays: Arrays = {}
-    for name, (held, slot) in _places(ewc).items():
-        state = held.state(slot)
-        fields = [*zip(_RECORD, state.record or (), strict=False)]
-        fields += zip(_MEAN, state.mean or (), strict=False)
-        for field, parts in fields:
-            for s, part in enumerate(parts):
-                if part is not None:
-                    arrays[f"{ewc.form}.{field}.{s}.{name}"] = part
-        if state.mean:
-            arrays[f"{ewc.form}.samples.0.{name}"] = np.array([state.samples], np.int64)
+    for pool, held in ewc._pools.items():
+        for slot, state in held.states().items():
+            _put(arrays, ewc.form, str(ewc._name(pool, slot)), state)
     return arrays
+
+
+def _put(arrays: Arrays, form: str, name: str, state: SlotState) -> None:
+    fields = [*zip(_RECORD, state.record or (), strict=False)]
+    fields += zip(_MEAN, state.mean or (), strict=False)
+    for field, parts in fields:
+        for s, part in enumerate(parts):
+            if part is not None:
+                arrays[f"{form}.{field}.{s}.{name}"] = part
+    if state.mean:
+        arrays[f"{form}.samples.0.{name}"] = np.array([state.samples], np.int64)
 
 
 # ---- from arrays ------------------------------------------------------------

@@ -129,19 +129,30 @@ class MovingFisher:
         refused = 0
         for at in range(0, len(ids), self._chunk):
             rows = slice(at, at + self._chunk)
-            refused += self._fold(x[rows], grad[rows], ids[rows])
+            some = x[rows], grad[rows], ids[rows]
+            good = _finite(*some[:2])
+            if not good.all():
+                refused += len(good) - int(np.count_nonzero(good))
+                some = some[0][good], some[1][good], some[2][good]
+            refused += self._fold(*some)
+        return refused
+
+    def observe_slot(self, x: F32, grad: F32, slot: int) -> int:
+        """``observe`` of rows of one slot, in a third of the time for one row."""
+        refused = 0
+        for at in range(0, len(x), self._chunk):
+            rows, up = x[at : at + self._chunk], grad[at : at + self._chunk]
+            good = _finite(rows, up)
+            if not good.all():
+                refused += len(good) - int(np.count_nonzero(good))
+                rows, up = rows[good], up[good]
+            if len(rows):
+                refused += self._fold_slot(rows, up, slot)
         return refused
 
     def _fold(self, x: F32, grad: F32, ids: I64) -> int:
-        # The squared norm of a sample's gradient of ΔW, ‖grad xᵀ‖²: not finite where it is not.
-        with np.errstate(over="ignore", invalid="ignore"):
-            norms = np.einsum("ij,ij->i", x, x) * np.einsum("ij,ij->i", grad, grad)
-        good = np.isfinite(norms)
-        refused = len(ids) - int(np.count_nonzero(good))
-        if refused:
-            x, grad, ids = x[good], grad[good], ids[good]
         if not len(ids):
-            return refused
+            return 0
         if (ids[1:] < ids[:-1]).any():
             order = np.argsort(ids, kind="stable")
             x, grad, ids = x[order], grad[order], ids[order]
@@ -155,14 +166,33 @@ class MovingFisher:
         batch = _Rows(x, grad, part.astype(np.float32), keep.astype(np.float32), starts, ends)
         overflowed = self._add(rows, slots, batch)
         self._samples[rows] = np.where(overflowed, before, before + counts)
-        return refused + int(counts[overflowed].sum())
+        return int(counts[overflowed].sum())
 
-    def _weight(self, samples: I64) -> F64:
+    def _fold_slot(self, x: F32, grad: F32, slot: int) -> int:
+        row = self._place[slot] if slot < len(self._place) else -1
+        if row < 0 or self._owner[row] != self.pool._owners.of_one(slot):
+            row = self._rows_for(np.array([slot]))[0]
+        n, before = len(x), int(self._samples[row])
+        total = self._weight(before + n)
+        part = (self.decay ** np.arange(n - 1, -1, -1) / total).astype(np.float32)
+        keep = np.float32(self.decay**n * self._weight(before) / total)
+        if not self._add_slot(int(row), slot, x, grad, part, keep):
+            return n
+        self._samples[row] = before + n
+        return 0
+
+    def _weight(self, samples: Any) -> Any:
         """sum of d^i over so many samples."""
-        return np.asarray((1.0 - self.decay**samples) / (1.0 - self.decay), np.float64)
+        return (1.0 - self.decay**samples) / (1.0 - self.decay)
 
     def _add(self, rows: I64, slots: I64, batch: _Rows) -> NDArray[np.bool_]:
         """Folds a batch in; true for a slot that it was left out of, as it would overflow."""
+        raise NotImplementedError
+
+    def _add_slot(
+        self, row: int, slot: int, x: F32, grad: F32, part: F32, keep: np.float32
+    ) -> bool:
+        """Folds samples of one slot in; False where they were left out."""
         raise NotImplementedError
 
     def mean(self, slot: int) -> Pair:
@@ -204,6 +234,20 @@ class MovingFactors(MovingFisher):
         self._means[rows] = kept + sums
         return np.zeros(len(rows), bool)
 
+    def _add_slot(
+        self, row: int, slot: int, x: F32, grad: F32, part: F32, keep: np.float32
+    ) -> bool:
+        mean = self._means[row]
+        mean *= keep if self._samples[row] else np.float32(0)
+        at = 0
+        for rows in (grad, x):
+            squares = rows * rows
+            squares *= part[:, None]
+            sums = squares[0] if len(squares) == 1 else squares.sum(axis=0)
+            mean[at : at + len(sums)] += sums
+            at += len(sums)
+        return True
+
     def mean(self, slot: int) -> Pair:
         values = self._means[self._row(slot)]
         *u, v = np.split(values, np.cumsum(self.pool.slices))
@@ -240,23 +284,27 @@ class MovingWeights(MovingFisher):
 
     def _add(self, rows: I64, slots: I64, batch: _Rows) -> NDArray[np.bool_]:
         overflowed = np.zeros(len(rows), bool)
-        for i, (row, slot) in enumerate(zip(rows, slots, strict=True)):
-            samples = slice(batch.starts[i], batch.ends[i])
-            # The squares of scaled gradients are those of the gradients, weighted.
-            scaled = batch.grad[samples] * np.sqrt(batch.part[samples])[:, None]
-            first, second = self._fisher(int(slot), batch.x[samples], scaled)
-            overflowed[i] = not all(
-                np.isfinite(F).all() for F in (*first, *second) if F is not None
+        for i, (row, slot) in enumerate(zip(rows.tolist(), slots.tolist(), strict=True)):
+            its = slice(batch.starts[i], batch.ends[i])
+            overflowed[i] = not self._add_slot(
+                row, slot, batch.x[its], batch.grad[its], batch.part[its], batch.keep[i]
             )
-            if overflowed[i]:
-                continue
-            if self._samples[row]:
-                for mine, theirs in zip(self._means[row], (first, second), strict=True):
-                    for mean, F in zip(mine, theirs, strict=True):
-                        if F is not None:
-                            F += batch.keep[i] * mean
-            self._means[row] = (first, second)
         return overflowed
+
+    def _add_slot(
+        self, row: int, slot: int, x: F32, grad: F32, part: F32, keep: np.float32
+    ) -> bool:
+        # The squares of scaled gradients are those of the gradients, weighted.
+        first, second = self._fisher(slot, x, grad * np.sqrt(part)[:, None])
+        if not all(np.isfinite(F).all() for F in (*first, *second) if F is not None):
+            return False
+        if self._samples[row]:
+            for mine, theirs in zip(self._means[row], (first, second), strict=True):
+                for mean, F in zip(mine, theirs, strict=True):
+                    if F is not None:
+                        F += keep * mean
+        self._means[row] = (first, second)
+        return True
 
     def _fisher(self, slot: int, x: F32, grad: F32) -> Pair:
         """(F_A, F_B) by slice, summed over the samples."""
@@ -297,53 +345,13 @@ class MovingWeights(MovingFisher):
         )
 
 
+def _finite(x: F32, grad: F32) -> NDArray[np.bool_]:
+    """Rows whose gradient of ΔW has a finite squared norm, ‖grad xᵀ‖²."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.einsum("ij,ij->i", x, x) * np.einsum("ij,ij->i", grad, grad)
+    finite: NDArray[np.bool_] = np.isfinite(norms)
+    return finite
+
+
 def _to_host(array: Any) -> Any:
     return array.cpu().numpy() if hasattr(array, "detach") else array
-
-
-# ---- at a task's end --------------------------------------------------------
-
-
-def merge_weights(old: Pair | None, new: Pair, gamma: float) -> Pair:
-    """F* <- gamma F* + F, form "factor" (online EWC: Schwarz et al. 2018, section 3)."""
-    if old is None:
-        return new
-    first, second = (
-        [
-            F if F is None else _stored(gamma * np.asarray(o, np.float64) + F)
-            for o, F in zip(*pair, strict=True)
-        ]
-        for pair in zip(old, new, strict=True)
-    )
-    return first, second
-
-
-def merge_factors(old: Pair | None, new: Pair, gamma: float) -> Pair:
-    """Form "delta": u vᵀ with the marginals of gamma u* v*ᵀ + u vᵀ, slice by slice.
-
-    Row sums as u, column sums over the total as v: of all matrices of rank one with these
-    marginals the only one. Averaging u and v by themselves is no sum of the matrices.
-    """
-    if old is None:
-        return new
-    us: list[Any] = []
-    vs: list[Any] = []
-    for u_star, v_star, u, v in zip(*old, *new, strict=True):
-        if u is None:
-            us.append(None)
-            vs.append(None)
-            continue
-        old_u, old_v, new_u, new_v = (np.asarray(f, np.float64) for f in (u_star, v_star, u, v))
-        parts = [(gamma, old_u, old_v), (1.0, new_u, new_v)]
-        rows = sum(scale * left * right.sum() for scale, left, right in parts)
-        columns = sum(scale * left.sum() * right for scale, left, right in parts)
-        total = rows.sum()
-        us.append(_stored(rows))
-        vs.append(_stored(columns / total if total > 0 else columns))
-    return us, vs
-
-
-def _stored(values: F64) -> F32:
-    """As float32, and finite."""
-    stored: F32 = np.minimum(values, np.finfo(np.float32).max).astype(np.float32)
-    return stored

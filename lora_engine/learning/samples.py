@@ -14,6 +14,8 @@ _FLOATS = ("float32", "float16", "bfloat16")
 
 def _host(op: str, name: str, array: Any) -> np.ndarray:
     """A NumPy array or tensor of a float dtype, as float32 on the host."""
+    if isinstance(array, np.ndarray) and array.dtype == np.float32:
+        return array
     if not hasattr(array, "detach") and not isinstance(array, np.ndarray):
         got = type(array).__name__
         raise TypeError(f"{op}: {name}: expected a NumPy array or a torch tensor, got {got}")
