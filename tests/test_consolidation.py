@@ -162,6 +162,18 @@ def test_pool_merges_as_the_reference(strategy, dtype, shape):
     assert ours < 0.9 * reference.ewc_objective(*case, reference.Delta(svd.A, svd.B))
 
 
+@pytest.mark.parametrize("strategy", MERGING)
+def test_pools_elsewhere_merge_by_the_reference(strategy, monkeypatch):
+    rng = np.random.default_rng(12)
+    pool, _ = filled(rng, 30, 40, [2, 1, 3])
+    given = settings(rng, 2, 30, 40)
+    ours = consolidate(pool, 0, [1, 2], strategy, **given, **PRECISE)
+    monkeypatch.setattr(pool, "_backend", object())  # one without consolidate, as on a GPU
+    got = consolidate(pool, 0, [1, 2], strategy, **given, **PRECISE)
+    assert got.versions == ours.versions
+    assert gap(got.B @ got.A, ours.B @ ours.A) < 1e-3
+
+
 @pytest.mark.parametrize("strategy", ["average", "ewc_merge"])
 def test_many_more_terms_than_are_carried(strategy):
     """K = 60: the stack's rank is far above what the iteration holds, so it has to converge."""

@@ -86,6 +86,13 @@ def test_refusals(pool, changes, error, words):
     assert np.array_equal(pool.get(0)[0], before[0])
 
 
+@pytest.mark.parametrize(("changes", "error", "words"), ANYWHERE)
+def test_refusals_of_pools_elsewhere(pool, monkeypatch, changes, error, words):
+    monkeypatch.setattr(pool, "_backend", object())  # one without consolidate, as on a GPU
+    with pytest.raises(error, match=words):
+        consolidate(pool, **given(**changes))
+
+
 def test_refusals_leave_the_outputs_alone(pool):
     A, B = np.full((2, IN), 7, "f4"), np.full((OUT, 2), 7, "f4")
     slots, weights = np.array([1, 2], "i4"), np.ones(3, "f4")
