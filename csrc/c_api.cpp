@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "adapt.h"
+#include "consolidate.h"
 #include "dispatch.h"
 #include "fisher.h"
 #include "nf4_linear.h"
@@ -397,6 +398,17 @@ le_status le_ewc_penalty(le_ewc *ewc, double *penalty) {
   return with("EWC.penalty", "ewc", ewc, [&](le::Ewc &e) {
     require("EWC.penalty", "penalty", penalty);
     *penalty = e.penalty();
+  });
+}
+
+le_status le_consolidate(le_pool *pool, int32_t base, const le_merge *merge, const le_array *A,
+                         const le_array *B, uint64_t *versions, le_merge_info *info) {
+  const char *op = "consolidate";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "merge", merge);
+    require(op, "versions", versions);
+    require(op, "info", info);
+    le::consolidate(p, base, *merge, A, B, versions, info);
   });
 }
 

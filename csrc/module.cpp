@@ -19,6 +19,7 @@ NB_MODULE(_C, m) {
   le_py::bind_ops(m);
   le_py::bind_nf4(m);
   le_py::bind_torch(m);
+  le_py::bind_consolidate(m);
   m.def("isa", []() -> std::optional<std::string> {
     const char *name = le_isa();
     return name ? std::optional<std::string>(name) : std::nullopt;

@@ -35,6 +35,7 @@ void bind_pool(nb::module_ &m);
 void bind_ops(nb::module_ &m);
 void bind_nf4(nb::module_ &m);
 void bind_torch(nb::module_ &m);
+void bind_consolidate(nb::module_ &m);
 
 // Of a Pool; NULL for None.
 le_pool *pool_handle(nb::handle pool);

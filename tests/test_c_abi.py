@@ -98,7 +98,21 @@ class LeNf4(c.Structure):
     ]
 
 
+class LeMerge(c.Structure):
+    _fields_ = [
+        *((name, c.POINTER(LeArray)) for name in ("slots", "weights", "u", "v")),
+        ("rank", c.c_int32),
+        ("scaling", c.c_float),
+        ("max_sweeps", c.c_int32),
+        ("tolerance", c.c_float),
+        ("num_threads", c.c_int32),
+    ]
+
+
 ARRAY, NF4 = c.POINTER(LeArray), c.POINTER(LeNf4)
+LIB.le_consolidate.argtypes = [
+    c.c_void_p, c.c_int32, c.POINTER(LeMerge), ARRAY, ARRAY, c.c_void_p, c.c_void_p
+]  # fmt: skip
 LIB.le_nf4_encode.argtypes = [c.c_void_p, ARRAY, c.c_int32, c.c_void_p, c.c_void_p]
 LIB.le_nf4_decode.argtypes = [c.c_void_p, NF4, ARRAY]
 LIB.le_nf4_linear.argtypes = [
@@ -251,6 +265,38 @@ def test_nf4_refusals(handles, change, words):
     assert (y == 7.0).all()
     assert LIB.le_nf4_linear(ctx, view(x), None, None, None, None, None, -1, view(y)) == VALUE
     del held
+
+
+def test_consolidate(handles):
+    _, pool = handles
+    deltas = []
+    for seed in range(3):
+        _, A, B = add(pool, seed)
+        deltas.append(0.5 * B @ A)
+    slots, weights = np.array([1, 2], "i4"), np.array([0, 0.25, 0.75], "f4")
+    keep = view(slots), view(weights)
+    merge = LeMerge(c.pointer(keep[0]), c.pointer(keep[1]), None, None, 6, 1.0, 9, 1e-6, 1)
+    A, B = np.full((6, 16), np.nan, "f4"), np.full((8, 6), np.nan, "f4")
+    versions, info = np.zeros(3, "u8"), np.zeros(2, "i4")
+    told = versions.ctypes.data, info.ctypes.data
+    assert LIB.le_consolidate(pool, 0, merge, view(A), view(B), *told) == OK
+    want = deltas[0] + 0.25 * deltas[1] + 0.75 * deltas[2]
+    assert np.allclose(B @ A, want, rtol=0, atol=1e-5)
+    assert versions.tolist() == [1, 1, 1]
+    assert info[0] >= 1
+    A[:] = 7
+    for arguments in (
+        (None, 0, merge, view(A), view(B), *told),
+        (pool, 0, None, view(A), view(B), *told),
+        (pool, 0, merge, None, view(B), *told),
+        (pool, 0, merge, view(A), view(B), None, told[1]),
+        (pool, 0, merge, view(A), view(B), told[0], None),
+        (pool, 0, LeMerge(None, c.pointer(keep[1]), None, None, 6, 1.0, 9, 1e-6, 1), view(A),
+         view(B), *told),
+    ):  # fmt: skip
+        assert LIB.le_consolidate(*arguments) == VALUE
+    assert LIB.le_consolidate(pool, 3, merge, view(A), view(B), *told) == INDEX
+    assert (A == 7).all()
 
 
 def test_errors_are_statuses_with_words(handles):

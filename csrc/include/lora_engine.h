@@ -299,6 +299,38 @@ LE_API le_status le_ewc_remove(le_ewc *ewc, int32_t slot);
 /* lambda sum F (theta - anchor)^2 over the slots with a record. */
 LE_API le_status le_ewc_penalty(le_ewc *ewc, double *penalty);
 
+/* ---- consolidation: many adapters into one ------------------------------- */
+
+/* What is merged, and how. A served delta is D_0 + D_k, the base's and one
+ * session's, D = scaling B A; so what session k asks of the new base is D_0 + D_k. */
+typedef struct le_merge {
+  const le_array *slots;   /* int32 [K], K from 1, each once: the sessions' */
+  const le_array *weights; /* float32 [K + 1], 0 or more: of the base, then of the slots */
+  /* Without u and v: the SVD of D_0 + sum_k weights_k D_k (weights_0 is not read) by
+   * subspace iteration, cut to the rank. With u [., out] and v [., in], float32, a row a
+   * slot id: the minimum over D of rank r of the sum over the base (its target D_0) and
+   * the slots (D_0 + D_k) of weights_k sum_ij u_k[i] v_k[j] (D - target_k)_ij^2, by
+   * alternating exact solves from that SVD; where nothing weighs, D_0 is kept. */
+  const le_array *u, *v;
+  int32_t rank;        /* of the result, 1 to 256 */
+  float scaling;       /* that the result will have: above 0 */
+  int32_t max_sweeps;  /* of the iteration, and of the solves */
+  float tolerance;     /* ends either at a sweep that gains no more than this part */
+  int32_t num_threads; /* at most; 1 leaves the context's workers to others */
+} le_merge;
+
+typedef struct le_merge_info {
+  int32_t subspace_sweeps, sweeps; /* that were made */
+} le_merge_info;
+
+/* A [r, in] and B [out, r] = U sqrt(S) and sqrt(S) V^T over sqrt(scaling); a direction
+ * without content has B 0 and a unit row in A. For a pool of one slice. Each slot is read
+ * under its lock, one after another, and versions [K + 1] says which state was: whoever
+ * zeroes a slot after that knows whether it learned meanwhile. Nothing in the pool changes. */
+LE_API le_status le_consolidate(le_pool *pool, int32_t base, const le_merge *merge,
+                                const le_array *A, const le_array *B, uint64_t *versions,
+                                le_merge_info *info);
+
 #ifdef __cplusplus
 }
 #endif

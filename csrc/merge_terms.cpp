@@ -1,0 +1,217 @@
+#include "merge_terms.h"
+
+#include <cmath>
+#include <cstring>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "dispatch.h"
+
+namespace le {
+namespace {
+
+const char *const kOp = "consolidate";
+constexpr double kBasePull = 1e-9;  // of the mean weight of an element of the delta
+
+// float32 of the values by their bits, which compilers vectorise as they stand.
+bool all_finite(const float *values, int64_t n) {
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    bad |= (bits & 0x7f800000u) == 0x7f800000u;
+  }
+  return !bad;
+}
+
+// The mean of finite values of 0 or more; -1 for others.
+double checked_mean(const float *values, int64_t n) {
+  double sums[8] = {};
+  uint32_t negative = 0;
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int64_t j = 0; j < 8; ++j) {
+      sums[j] += double(values[i + j]);
+      negative |= values[i + j] < 0;
+    }
+  for (; i < n; ++i) {
+    sums[i % 8] += double(values[i]);
+    negative |= values[i] < 0;
+  }
+  if (negative || !all_finite(values, n)) return -1;
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return total / double(n);
+}
+
+std::vector<int32_t> read_slots(AdapterPool &pool, int32_t base, const le_array *slots) {
+  Rows s = matrix(kOp, "slots", slots, 1, -1, "[K]");
+  check_dtype(kOp, "slots", s.dtype, LE_INT32, "");
+  if (!s.width) fail(LE_ERROR_VALUE, "%s: slots: expected at least one slot, got none", kOp);
+  std::vector<int32_t> ids{base};
+  for (int64_t i = 0; i < s.width; ++i) {
+    int32_t id;
+    std::memcpy(&id, s.at(0, i), sizeof id);
+    ids.push_back(id);
+  }
+  std::vector<int32_t> sorted = ids;
+  std::sort(sorted.begin(), sorted.end());
+  for (int32_t id : sorted) pool.check_issued(kOp, id);
+  auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  if (twice != sorted.end())
+    fail(LE_ERROR_VALUE, "%s: slots: expected each slot once, and not the base, got %d again", kOp,
+         *twice);
+  return ids;
+}
+
+std::vector<double> read_weights(const le_array *weights, int64_t adapters) {
+  const char *symbols = "[K + 1]";
+  Rows w = matrix(kOp, "weights", weights, 1, adapters, symbols);
+  check_dtype(kOp, "weights", w.dtype, LE_FLOAT32, "");
+  std::vector<double> values;
+  for (int64_t i = 0; i < adapters; ++i) {
+    float value;
+    std::memcpy(&value, w.at(0, i), sizeof value);
+    if (!(value >= 0.0f && value <= 3.4e38f))
+      fail(LE_ERROR_VALUE, "%s: weights: expected finite values of 0 or more, got %g", kOp, value);
+    values.push_back(value);
+  }
+  return values;
+}
+
+// The Fisher factors of one side, a row a slot, and the mean of each row times sqrt(weight).
+struct FisherSide {
+  const char *arg;
+  Rows rows;
+  std::vector<double> means;
+  double scale = 1;  // brings the largest mean to 1: no product of the two sides underflows
+};
+
+FisherSide read_fisher(const Kernels &k, const char *arg, const le_array *from, int64_t n,
+                       const std::vector<int32_t> &ids, const std::vector<double> &weights) {
+  FisherSide side{arg, matrix(kOp, arg, from, -1, n, "[slots, n]"), {}};
+  check_dtype(kOp, arg, side.rows.dtype, LE_FLOAT32, "");
+  std::vector<float> copy(static_cast<size_t>(n));
+  double largest = 0;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] >= side.rows.n)
+      fail(LE_ERROR_VALUE, "%s: %s: expected a row for each slot, up to %d, got %lld rows", kOp,
+           arg, ids[i], static_cast<long long>(side.rows.n));
+    double mean = checked_mean(float_row(k, side.rows, ids[i], copy.data()), n);
+    if (mean < 0)
+      fail(LE_ERROR_VALUE, "%s: %s: expected finite values of 0 or more, got others for slot %d",
+           kOp, arg, ids[i]);
+    side.means.push_back(std::sqrt(weights[i]) * mean);
+    largest = std::max(largest, side.means.back());
+  }
+  if (largest > 0) side.scale = 1 / largest;
+  return side;
+}
+
+void write_fisher(const Kernels &k, const FisherSide &from, const std::vector<int32_t> &ids,
+                  const std::vector<double> &weights, double pull, MergeSide *to) {
+  std::vector<float> copy(static_cast<size_t>(to->n));
+  for (size_t i = 0; i < ids.size(); ++i)
+    to->write(static_cast<int64_t>(i), float_row(k, from.rows, ids[i], copy.data()),
+              std::sqrt(weights[i]) * from.scale);
+  std::fill(copy.begin(), copy.end(), 1.0f);
+  to->write(static_cast<int64_t>(ids.size()), copy.data(), std::sqrt(pull));
+}
+
+// Rows [row, row + rank) of one side of an adapter, from the pool's storage.
+void write_factor(const Kernels &k, int32_t dtype, const char *from, int32_t rank, double scale,
+                  int64_t row, int32_t id, MergeSide *to, std::vector<float> *copy) {
+  Rows rows{const_cast<char *>(from), rank, to->n, to->n, 1, dtype};
+  for (int32_t p = 0; p < rank; ++p) {
+    const float *values = float_row(k, rows, p, copy->data());
+    if (!all_finite(values, to->n))
+      fail(LE_ERROR_VALUE, "%s: slots: expected finite weights, got NaN or Inf in slot %d", kOp,
+           id);
+    to->write(row + p, values, scale);
+  }
+}
+
+// How many factor rows each adapter has; another thread may change that until it is read.
+std::vector<int32_t> read_ranks(AdapterPool &pool, const std::vector<int32_t> &ids) {
+  std::vector<int32_t> ranks(ids.size());
+  for (size_t i = 0; i < ids.size(); ++i) pool.ranks(ids[i], &ranks[i]);
+  return ranks;
+}
+
+}  // namespace
+
+void MergeSide::allocate(int64_t columns, int64_t rows_a_tile) {
+  constexpr size_t kPage = 2 << 20;
+  n = columns;
+  rows = rows_a_tile;
+  size_t bytes = static_cast<size_t>(tiles() * rows * kMergeTile) * sizeof(float);
+  bytes = (bytes + kPage - 1) / kPage * kPage;
+  data.reset(static_cast<float *>(std::aligned_alloc(kPage, bytes)));
+  if (!data) throw std::bad_alloc();
+#if defined(__linux__)
+  madvise(data.get(), bytes, MADV_HUGEPAGE);
+#endif
+}
+
+void MergeSide::write(int64_t row, const float *values, double scale) {
+  float factor = static_cast<float>(scale);
+  for (int64_t t = 0; t < tiles(); ++t) {
+    float *to = tile(t) + row * kMergeTile;
+    const float *from = values + t * kMergeTile;
+    int64_t count = width(t);
+    for (int64_t i = 0; i < count; ++i) to[i] = factor * from[i];
+    std::fill(to + count, to + kMergeTile, 0.0f);
+  }
+}
+
+MergeTerms read_terms(AdapterPool &pool, int32_t base, const le_merge &input) {
+  const Kernels &k = kernels();
+  std::vector<int32_t> ids = read_slots(pool, base, input.slots);
+  std::vector<int32_t> ranks = read_ranks(pool, ids);
+  MergeTerms terms;
+  terms.adapters = static_cast<int64_t>(ids.size());
+  terms.weights = read_weights(input.weights, terms.adapters);
+  if (present(input.u) != present(input.v))
+    fail(LE_ERROR_VALUE, "%s: u, v: expected both or neither, got one", kOp);
+  bool weighted = present(input.u);
+  int64_t in = pool.in_features(), out = pool.slice_out(0);
+  FisherSide u, v;
+  double total = 0;
+  if (weighted) {
+    u = read_fisher(k, "u", input.u, out, ids, terms.weights);
+    v = read_fisher(k, "v", input.v, in, ids, terms.weights);
+    for (size_t i = 0; i < ids.size(); ++i) total += u.means[i] * v.means[i] * u.scale * v.scale;
+    terms.fishers = terms.adapters + 1;
+  }
+  for (size_t i = 0; i < ids.size(); ++i)
+    terms.owner.insert(terms.owner.end(), static_cast<size_t>(ranks[i]), static_cast<int32_t>(i));
+  terms.factors = static_cast<int64_t>(terms.owner.size());
+  terms.base_rank = ranks[0];
+  terms.b.allocate(out, terms.fishers + terms.factors);
+  terms.a.allocate(in, terms.fishers + terms.factors);
+  if (weighted) {
+    double pull = total > 0 ? kBasePull * total : 1.0;
+    write_fisher(k, u, ids, terms.weights, pull, &terms.b);
+    write_fisher(k, v, ids, terms.weights, pull, &terms.a);
+  }
+  std::vector<float> copy(static_cast<size_t>(std::max(in, out)));
+  int64_t row = terms.fishers;
+  for (size_t i = 0; i < ids.size(); row += ranks[i], ++i) {
+    SharedSlots held(kOp, pool, &ids[i], 1);
+    const Block &block = *pool.slot(ids[i]).current;
+    SliceView view = pool.slice(block, 0);
+    if (view.rank != ranks[i])
+      fail(LE_ERROR_VALUE, "%s: slots: expected slot %d to keep its rank, got it set meanwhile",
+           kOp, ids[i]);
+    double scaling = double(block.scaling);
+    write_factor(k, pool.dtype(), view.bt, view.rank, scaling, row, ids[i], &terms.b, &copy);
+    write_factor(k, pool.dtype(), view.a, view.rank, 1.0, row, ids[i], &terms.a, &copy);
+    terms.versions.push_back(pool.slot(ids[i]).version);
+  }
+  return terms;
+}
+
+}  // namespace le
