@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_engine import reference
 from lora_engine.backends.reference_arrays import _read, _result, _rows, _write
+from lora_engine.backends.reference_ewc import Ewc
 from lora_engine.backends.reference_nf4 import (  # noqa: F401  the registry looks here for them
     Nf4,
     nf4_decode,
@@ -16,7 +17,7 @@ from lora_engine.backends.reference_nf4 import (  # noqa: F401  the registry loo
     nf4_linear,
     nf4_linear_backward,
 )
-from lora_engine.reference_ewc import delta_penalty, delta_step
+from lora_engine.reference_ewc import delta_step
 
 
 class Step(NamedTuple):
@@ -346,56 +347,3 @@ class Pool:
         parts = [_rows(x) @ A.T for A in self._get(slot).adapter.A if A is not None]
         h: np.ndarray = np.concatenate(parts, axis=1).astype(np.float32)
         return h
-
-
-class Ewc:
-    """As ``_C.Ewc``."""
-
-    def __init__(self, pool: Pool, form: str, ewc_lambda: float) -> None:
-        if form not in ("factor", "delta"):
-            raise ValueError(f"EWC: form: expected factor or delta, got {form}")
-        self.pool, self.form, self.ewc_lambda = pool, form, ewc_lambda
-        self._records: dict[int, tuple[Any, int]] = {}  # and the epoch each was made at
-
-    def set(self, slot: int, first: list[Any], second: list[Any]) -> None:
-        now = self.pool._get(slot)
-        adapter = now.adapter
-        for i, (given, factors) in enumerate(((first, adapter.A), (second, adapter.B))):
-            for s, (g, f) in enumerate(zip(given, factors, strict=True)):
-                if f is None:
-                    continue
-                want = f.shape
-                if self.form == "delta":
-                    want = (self.pool.outs[s] if i == 0 else self.pool.in_features,)
-                if np.shape(g) != want:
-                    raise ValueError(f"EWC.set: fisher: expected shape {want}, got {np.shape(g)}")
-        fisher = ([_read(g) if g is not None else None for g in f] for f in (first, second))
-        self._records[slot] = (tuple(fisher), adapter), now.epoch
-
-    def find(self, slot: int) -> Any:
-        """(fisher, anchor) of the adapter that is in the slot now, or None."""
-        record, epoch = self._records.get(slot, (None, 0))
-        held = self.pool._slots.get(slot)
-        return record if held and held.epoch == epoch else None
-
-    def remove(self, slot: int) -> None:
-        self._records.pop(slot, None)
-
-    def penalty(self) -> float:
-        total = 0.0
-        for slot in self._records:
-            if (record := self.find(slot)) is None:
-                continue
-            (first, second), anchor = record
-            now = self.pool._get(slot).adapter
-            for s, (A, B) in enumerate(zip(now.A, now.B, strict=True)):
-                if A is None:
-                    continue
-                if self.form == "delta":
-                    total += delta_penalty(
-                        A, B, anchor.A[s], anchor.B[s], first[s], second[s], now.scaling, 1.0
-                    )
-                else:
-                    total += float((first[s] * (_read(A) - _read(anchor.A[s])) ** 2).sum())
-                    total += float((second[s] * (_read(B) - _read(anchor.B[s])) ** 2).sum())
-        return self.ewc_lambda * total

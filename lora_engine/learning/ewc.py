@@ -20,8 +20,7 @@ class EWC:
     B, then of A. A record belongs to the adapter it was made for: one that is added or set in
     its place is free of it.
 
-    Raises NotImplementedError for "delta" on the C++ backend, ValueError for a negative
-    ewc_lambda.
+    Raises ValueError for a negative ewc_lambda or another form.
     """
 
     def __init__(self, pool: AdapterPool, ewc_lambda: float, form: str = "factor") -> None:
