@@ -49,7 +49,8 @@ lanes: $(VENV)/.test
 		-C cmake.define.LORA_ENGINE_AVX512_ON_AVX2=ON -C build-dir=build/lanes/build
 	cd tests && for isa in avx512 avx512_bf16; do \
 		LORA_ENGINE_ISA=$$isa $(LANES)/bin/python -m pytest -q test_lora_delta.py \
-			test_batched_lora_delta.py test_batched_adapt.py test_ewc.py test_float16.py \
+			test_batched_lora_delta.py test_batched_adapt.py test_ewc.py test_ewc_delta.py \
+			test_float16.py \
 			test_fisher.py test_nf4_linear.py test_nf4_autograd.py test_nf4_tensor.py || exit; \
 	done
 

@@ -1,6 +1,8 @@
-"""batched_adapt of 256 users, plain and with EWC, against the byte floor."""
+"""batched_adapt of 256 users, plain and with EWC in both forms, against the byte floor."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 
@@ -32,17 +34,18 @@ def plain() -> list[Contender]:
     return [steps.contender(OURS, {"pool.adapt": make}, expected)]
 
 
-def with_ewc() -> list[Contender]:
+def with_ewc(form: str) -> list[Contender]:
     """The records' anchors are other weights than those at the step."""
     data = inputs.make(USERS, RANK)
     rng = np.random.default_rng(1)
-    fisher_A, fisher_B = (rng.random(w.shape, dtype=np.float32) for w in (data.A, data.B))
+    like = (data.A, data.B) if form == "factor" else (data.grad, data.x)
+    first, second = (rng.random(w.shape, dtype=np.float32) for w in like)
 
     def anchored() -> tuple[le.AdapterPool, le.EWC]:
         pool = inputs.make_pool(data)
-        ewc = le.EWC(pool, LAMBDA, form="factor")
+        ewc = le.EWC(pool, LAMBDA, form=form)
         for slot in range(USERS):
-            ewc.set(slot, fisher_A[slot], fisher_B[slot])
+            ewc.set(slot, first[slot], second[slot])
         pool.adapt(data.x, data.grad, data.ids, lr=steps.CHECKED_LR)
         return pool, ewc
 
@@ -55,7 +58,7 @@ def with_ewc() -> list[Contender]:
         return steps.Run(call, lambda: _stacked(pool))
 
     A, B = _stacked(anchored()[0])
-    penalty = check.Penalty(LAMBDA, fisher_A, fisher_B, data.A, data.B)
+    penalty = check.Penalty(LAMBDA, form, first, second, data.A, data.B)
     expected = check.step(data._replace(A=A, B=B), steps.CHECKED_LR, penalty)
     return [steps.contender(OURS, {"pool.adapt(ewc=)": make}, expected)]
 
@@ -73,11 +76,19 @@ CASES = (
     Case(
         "batched_adapt with ewc (factor)",
         _SHAPE,
-        with_ewc,
+        partial(with_ewc, "factor"),
         within=1.3,
         # Fisher and anchors are as large as the weights.
         traffic=Traffic(
             2 * _ROWS + 2 * _WEIGHTS, 2 * _WEIGHTS, 3 * _WEIGHTS + 2 * _ROWS, threads=0
         ),
+    ),
+    Case(
+        "batched_adapt with ewc (delta)",
+        _SHAPE,
+        partial(with_ewc, "delta"),
+        within=1.3,
+        # Anchors are as large as the weights, u and v as x and grad.
+        traffic=Traffic(4 * _ROWS + _WEIGHTS, 2 * _WEIGHTS, 2 * _WEIGHTS + 4 * _ROWS, threads=0),
     ),
 )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bench.inputs import FEATURES, Inputs
 from lora_engine import reference
 from lora_engine.reference import Adapter
+from lora_engine.reference_ewc import delta_step
 
 F64 = NDArray[np.float64]
 TOLERANCE = 1e-6
@@ -52,28 +53,39 @@ def delta(data: Inputs, accumulate: bool) -> Expected:
 
 
 class Penalty(NamedTuple):
-    """EWC's part of a step: Fisher information and anchors, shaped like A and B."""
+    """EWC's part of a step, slot by slot: Fisher information and anchors.
+
+    first and second: shaped like A and B, in the delta form u [out] and v [in].
+    """
 
     ewc_lambda: float
-    fisher_A: Any
-    fisher_B: Any
+    form: str
+    first: Any
+    second: Any
     anchor_A: Any
     anchor_B: Any
 
 
 def _step(data: Inputs, row: int, sign: float, lr: float, penalty: Penalty | None) -> Adapter:
-    """One row's adapter after a step; with sign -1, the step's magnitude."""
+    """One row's adapter after a step; with sign -1, the step's magnitude.
+
+    In the delta form that of the plain step: the penalty only draws back from it.
+    """
     use = abs if sign < 0 else np.asarray
     slot = int(data.ids[row])
     adapter = Adapter([use(data.A[slot])], [use(data.B[slot])], data.scaling)
     x, grad = use(data.x[row : row + 1]), use(data.grad[row : row + 1])
     gA, gB = reference.slot_gradients(x, grad, adapter, [FEATURES], slot, [slot])
     fisher = anchor = None
-    if penalty:
-        fisher = ([penalty.fisher_A[slot]], [penalty.fisher_B[slot]])
+    step = reference.Step(lr=lr, ewc_lambda=penalty.ewc_lambda if penalty else 0.0)
+    if penalty and (penalty.form == "factor" or sign > 0):
+        fisher = ([penalty.first[slot]], [penalty.second[slot]])
         at = [use(penalty.anchor_A[slot])], [use(penalty.anchor_B[slot])]
         anchor = Adapter(*at, data.scaling)
-    step = reference.Step(lr=lr, ewc_lambda=penalty.ewc_lambda if penalty else 0.0)
+    if penalty and anchor and penalty.form == "delta":
+        made = delta_step(adapter, gA, gB, step, fisher, anchor)
+        assert made is not None
+        return made
     after = reference.step_adapter(adapter, [sign * gA[0]], [sign * gB[0]], step, fisher, anchor)
     assert after is not None
     return after

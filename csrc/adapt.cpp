@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "dispatch.h"
-#include "gradient.h"
+#include "ewc_delta.h"
 #include "rng.h"
 
 namespace le {
@@ -37,8 +37,56 @@ Block *history_target(AdapterPool &pool, Slot &slot) {
   return target;
 }
 
-// The step itself, under the slot's lock: theta - lr clip g, decay and EWC in
-// one pass over the weights.
+// One factor of a slice: theta - lr clip g, decay and EWC in factor form in one pass.
+void update_rows(const Kernels &k, int32_t dtype, const FactorStep &f, const EwcRecord *record,
+                 float lambda, Update u) {
+  u.n = f.n;
+  u.decay = f.decay;
+  u.penalty = f.lr * 2.0f * lambda;
+  for (int32_t j = 0; j < f.rank; ++j) {
+    int64_t at = j * f.n;
+    u.src = f.src + at * dtype_size(dtype);
+    u.dst = f.dst + at * dtype_size(dtype);
+    u.element = static_cast<uint32_t>(f.element + at);
+    u.vec = f.rows[j].vec;
+    u.coef = f.coef(j);
+    u.fisher = record ? record->fisher.data() + f.element + at : nullptr;
+    u.anchor = record ? record->anchor.data() + f.element + at : nullptr;
+    k.update[dtype](u);
+  }
+}
+
+// Both factors of a slice: B, then A, or its copy where it does not learn.
+void update_slice(const Kernels &k, const AdapterPool &pool, int s, const FactorStep &a,
+                  const FactorStep &b, bool train_A, const Block &block, const EwcRecord *record,
+                  const Ewc *ewc, Update u) {
+  int32_t dtype = pool.dtype();
+  float lambda = ewc ? ewc->lambda() : 0.0f;
+  double strength = 0;
+  DeltaFactor of_a{}, of_b{};
+  if (record && ewc->form() == LE_EWC_DELTA) {
+    const float *fisher = record->fisher.data() + factors_before(pool, block, s);
+    const float *largest = record->largest.data() + 2 * s;
+    of_a = {record->anchor.data() + a.element, fisher + b.n, largest[1], a.n};
+    of_b = {record->anchor.data() + b.element, fisher, largest[0], b.n};
+    strength = 2.0 * double(lambda) * double(block.scaling) * double(block.scaling);
+    record = nullptr;
+  }
+  if (strength * b.lr > 0)
+    delta_step(k, dtype, b, of_b, of_a, a.src, strength, u);
+  else
+    update_rows(k, dtype, b, record, lambda, u);
+  if (!train_A) {
+    if (a.src != a.dst)
+      std::memcpy(a.dst, a.src, static_cast<size_t>(a.rank * a.n * dtype_size(dtype)));
+  } else if (strength * a.lr > 0) {
+    delta_step(k, dtype, a, of_a, of_b, b.dst, strength, u);
+  } else {
+    update_rows(k, dtype, a, record, lambda, u);
+  }
+}
+
+// The step itself, under the slot's lock.
 void update_weights(const Kernels &k, AdapterPool &pool, int32_t id, Slot &slot,
                     const GradientRow *rows, const le_step &step, const Ewc *ewc, double norm) {
   const Block &from = *slot.current;
@@ -51,31 +99,19 @@ void update_weights(const Kernels &k, AdapterPool &pool, int32_t id, Slot &slot,
   Update u{};
   u.key_lo = static_cast<uint32_t>(key);
   u.key_hi = static_cast<uint32_t>(key >> 32);
-  int64_t element = 0;
-  each_row(pool, from, [&](int64_t i, bool is_a, int s, int32_t j) {
+  float lr_B = step.lr * step.lr_ratio;
+  for (int s = 0; s < pool.num_slices(); ++s) {
     SliceView src = pool.slice(from, s), dst = pool.slice(*to, s);
-    u.n = is_a ? pool.in_features() : pool.slice_out(s);
-    int64_t offset = j * u.n * dtype_size(pool.dtype());
-    u.src = (is_a ? src.a : src.bt) + offset;
-    u.dst = (is_a ? dst.a : dst.bt) + offset;
-    u.element = static_cast<uint32_t>(element);
-    if (is_a && !step.train_A) {
-      if (u.src != u.dst)
-        std::memcpy(u.dst, u.src, static_cast<size_t>(u.n * dtype_size(pool.dtype())));
-    } else {
-      float lr = is_a ? step.lr : step.lr * step.lr_ratio;
-      u.vec = rows[i].vec;
-      u.coef = lr * (clip * rows[i].coef);
-      u.decay = 1.0f - lr * step.weight_decay;
-      if (record) {
-        u.fisher = record->fisher.data() + element;
-        u.anchor = record->anchor.data() + element;
-        u.penalty = lr * 2.0f * ewc->lambda();
-      }
-      k.update[pool.dtype()](u);
-    }
-    element += u.n;
-  });
+    int64_t in = pool.in_features(), out = pool.slice_out(s);
+    if (!src.rank) continue;
+    FactorStep a{rows,        src.rank, in,
+                 src.element, src.a,    dst.a,
+                 step.lr,     clip,     1.0f - step.lr * step.weight_decay};
+    FactorStep b{rows + src.rank, src.rank, out,  src.element + src.rank * in,    src.bt,
+                 dst.bt,          lr_B,     clip, 1.0f - lr_B * step.weight_decay};
+    update_slice(k, pool, s, a, b, step.train_A != 0, from, record, ewc, u);
+    rows += 2 * src.rank;
+  }
   if (pool.history()) std::swap(slot.current, slot.previous);
   ++slot.version;
 }

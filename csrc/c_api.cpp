@@ -91,6 +91,14 @@ void check_at_most(const char *op, const char *name, int64_t value, int64_t most
              static_cast<long long>(most), static_cast<long long>(value));
 }
 
+void require_record(const char *op, const le_array *first, const le_array *second,
+                    const le_array *anchor_A, const le_array *anchor_B) {
+  require(op, "first", first);
+  require(op, "second", second);
+  require(op, "anchor_A", anchor_A);
+  require(op, "anchor_B", anchor_B);
+}
+
 le::Ewc *core_of(le_ewc *ewc) { return ewc ? &ewc->core : nullptr; }
 
 }  // namespace
@@ -381,12 +389,27 @@ le_status le_ewc_create(le_pool *pool, int32_t form, float ewc_lambda, le_ewc **
 
 void le_ewc_destroy(le_ewc *ewc) { delete ewc; }
 
-le_status le_ewc_set(le_ewc *ewc, int32_t slot, const le_array *fisher_A,
-                     const le_array *fisher_B) {
+le_status le_ewc_set(le_ewc *ewc, int32_t slot, const le_array *first, const le_array *second) {
   return with("EWC.set", "ewc", ewc, [&](le::Ewc &e) {
-    require("EWC.set", "fisher_A", fisher_A);
-    require("EWC.set", "fisher_B", fisher_B);
-    e.set(slot, fisher_A, fisher_B);
+    require("EWC.set", "first", first);
+    require("EWC.set", "second", second);
+    e.set(slot, first, second);
+  });
+}
+
+le_status le_ewc_get(le_ewc *ewc, int32_t slot, const le_array *first, const le_array *second,
+                     const le_array *anchor_A, const le_array *anchor_B) {
+  return with("EWC.get", "ewc", ewc, [&](le::Ewc &e) {
+    require_record("EWC.get", first, second, anchor_A, anchor_B);
+    e.get(slot, first, second, anchor_A, anchor_B);
+  });
+}
+
+le_status le_ewc_restore(le_ewc *ewc, int32_t slot, const le_array *first, const le_array *second,
+                         const le_array *anchor_A, const le_array *anchor_B) {
+  return with("EWC.restore", "ewc", ewc, [&](le::Ewc &e) {
+    require_record("EWC.restore", first, second, anchor_A, anchor_B);
+    e.restore(slot, first, second, anchor_A, anchor_B);
   });
 }
 

@@ -1,8 +1,8 @@
 // Elastic weight consolidation: Fisher information and anchors, one record a
-// slot, laid out like the slot's weights. A record is read and written under
-// its slot's lock.
+// slot. A record is read and written under its slot's lock.
 #pragma once
 
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -13,8 +13,14 @@ namespace le {
 
 struct EwcRecord {
   uint32_t epoch;  // of the adapter it was made for; for another it does not count
+  // The anchor is laid out like the slot's weights, and so is fisher in factor form; in delta
+  // form it holds u [out] and v [in] of each slice that is there.
   std::vector<float> fisher, anchor;
+  std::vector<float> largest;  // delta form: of u and of v, slice by slice
 };
+
+// In delta form, where u of a slice begins.
+int64_t factors_before(const AdapterPool &pool, const Block &block, int s);
 
 class Ewc {
  public:
@@ -23,7 +29,13 @@ class Ewc {
   AdapterPool &pool() const { return pool_; }
   float lambda() const { return lambda_; }
 
-  void set(int32_t slot, const le_array *fisher_A, const le_array *fisher_B);
+  int32_t form() const { return form_; }
+
+  void set(int32_t slot, const le_array *first, const le_array *second);
+  void restore(int32_t slot, const le_array *first, const le_array *second,
+               const le_array *anchor_A, const le_array *anchor_B);
+  void get(int32_t slot, const le_array *first, const le_array *second, const le_array *anchor_A,
+           const le_array *anchor_B);
   void remove(int32_t slot);
   double penalty();
 
@@ -32,8 +44,12 @@ class Ewc {
 
  private:
   std::unique_ptr<EwcRecord> &entry(int32_t id);
+  // given: first and second, then both anchors, or none for the weights as they are now.
+  void record(const char *op, int32_t id, std::initializer_list<const le_array *> given);
+  void note_largest(const Block &block, EwcRecord *record) const;
 
   AdapterPool &pool_;
+  const int32_t form_;
   const float lambda_;
   std::mutex mutex_;  // of growing the table
   std::atomic<int64_t> entries_{0};

@@ -296,6 +296,11 @@ nb::object new_float32(int64_t n, int64_t width) {
   return checked(PyArray_SimpleNew(2, dims, NPY_FLOAT32));
 }
 
+nb::object new_float32(int64_t n) {
+  npy_intp dim = n;
+  return checked(PyArray_SimpleNew(1, &dim, NPY_FLOAT32));
+}
+
 nb::object new_sums(nb::handle like, const Array &like_view, nb::object shape) {
   if (!like_view.torch) return nb::module_::import_("numpy").attr("empty")(shape, "f4");
   nb::object float32 = nb::module_::import_("torch").attr("float32");

@@ -31,6 +31,7 @@ Array as_optional_array(nb::handle object, const char *op, const char *arg);
 // [width] where `like` is a vector.
 nb::object new_output(nb::handle like, const Array &like_view, int64_t width);
 nb::object new_float32(int64_t n, int64_t width);
+nb::object new_float32(int64_t n);
 // A new uninitialised float32 array of the kind of `like`.
 nb::object new_sums(nb::handle like, const Array &like_view, nb::object shape);
 nb::object new_uint8(int64_t n, uint8_t **data);

@@ -41,7 +41,10 @@ class Pool {
   Pool &operator=(const Pool &) = delete;
 
   le_pool *handle() const { return pool_; }
+  int64_t in() const { return in_; }
   int64_t out() const { return out_; }
+  size_t num_slices() const { return slices_; }
+  int64_t slice_out(size_t s) const { return outs_[s]; }
 
   std::vector<le_array> slices(const char *op, const char *arg, nb::list arrays) const {
     if (nb::len(arrays) != slices_) {
@@ -222,19 +225,58 @@ class Pool {
 
 class Ewc {
  public:
-  Ewc(Pool &pool, const std::string &form, float ewc_lambda) : pool_(pool) {
-    int32_t code = form == "factor" ? LE_EWC_FACTOR : form == "delta" ? LE_EWC_DELTA : -1;
-    check(le_ewc_create(pool.handle(), code, ewc_lambda, &ewc_));
+  Ewc(Pool &pool, const std::string &form, float ewc_lambda)
+      : pool_(pool), delta_(form == "delta") {
+    if (form != "factor" && !delta_) {
+      PyErr_Format(PyExc_ValueError, "EWC: form: expected factor or delta, got %s", form.c_str());
+      throw nb::python_error();
+    }
+    check(le_ewc_create(pool.handle(), delta_ ? LE_EWC_DELTA : LE_EWC_FACTOR, ewc_lambda, &ewc_));
   }
   ~Ewc() { le_ewc_destroy(ewc_); }
   Ewc(const Ewc &) = delete;
   Ewc &operator=(const Ewc &) = delete;
 
-  le_ewc *get() const { return ewc_; }
-  void set(int32_t slot, nb::list fisher_A, nb::list fisher_B) {
-    auto a = pool_.slices("EWC.set", "fisher_A", fisher_A);
-    auto b = pool_.slices("EWC.set", "fisher_B", fisher_B);
+  le_ewc *handle() const { return ewc_; }
+  void set(int32_t slot, nb::list first, nb::list second) {
+    auto a = pool_.slices("EWC.set", first_name(), first);
+    auto b = pool_.slices("EWC.set", second_name(), second);
     check(le_ewc_set(ewc_, slot, a.data(), b.data()));
+  }
+  // (first, second, anchor_A, anchor_B): lists of arrays, None for a missing slice. Read again
+  // where the slot was changed while room was made for it.
+  nb::tuple get(int32_t slot) {
+    const char *op = "EWC.get";
+    std::vector<le_array> none(pool_.num_slices());
+    check(le_ewc_get(ewc_, slot, none.data(), none.data(), none.data(), none.data()));
+    for (;;) {
+      uint64_t before = pool_.version(slot);
+      nb::list lists[4];
+      std::vector<int32_t> ranks = pool_.ranks(slot);
+      for (size_t s = 0; s < ranks.size(); ++s) {
+        int64_t r = ranks[s], in = pool_.in(), out = pool_.slice_out(s);
+        for (size_t i = 0; i < 4; ++i)
+          lists[i].append(r == 0             ? nb::none()
+                          : delta_ && i == 0 ? new_float32(out)
+                          : delta_ && i == 1 ? new_float32(in)
+                          : i % 2 == 0       ? new_float32(r, in)
+                                             : new_float32(out, r));
+      }
+      auto first = pool_.slices(op, first_name(), lists[0]);
+      auto second = pool_.slices(op, second_name(), lists[1]);
+      auto a = pool_.slices(op, "anchor_A", lists[2]), b = pool_.slices(op, "anchor_B", lists[3]);
+      le_status status = le_ewc_get(ewc_, slot, first.data(), second.data(), a.data(), b.data());
+      if (pool_.version(slot) != before) continue;
+      check(status);
+      return nb::make_tuple(lists[0], lists[1], lists[2], lists[3]);
+    }
+  }
+  void restore(int32_t slot, nb::list first, nb::list second, nb::list anchor_A,
+               nb::list anchor_B) {
+    const char *op = "EWC.restore";
+    auto f = pool_.slices(op, first_name(), first), g = pool_.slices(op, second_name(), second);
+    auto a = pool_.slices(op, "anchor_A", anchor_A), b = pool_.slices(op, "anchor_B", anchor_B);
+    check(le_ewc_restore(ewc_, slot, f.data(), g.data(), a.data(), b.data()));
   }
   void remove(int32_t slot) { check(le_ewc_remove(ewc_, slot)); }
   double penalty() {
@@ -244,7 +286,11 @@ class Ewc {
   }
 
  private:
+  const char *first_name() const { return delta_ ? "u" : "fisher_A"; }
+  const char *second_name() const { return delta_ ? "v" : "fisher_B"; }
+
   Pool &pool_;
+  const bool delta_;
   le_ewc *ewc_ = nullptr;
 };
 
@@ -261,7 +307,7 @@ void bind_pool(nb::module_ &m) {
           [](Step *self, float lr, float max_norm, float lr_ratio, bool train_A, float weight_decay,
              std::optional<Ewc *> ewc) {
             new (self) Step(lr, max_norm, lr_ratio, train_A, weight_decay,
-                            ewc && *ewc ? (*ewc)->get() : nullptr);
+                            ewc && *ewc ? (*ewc)->handle() : nullptr);
           },
           "lr"_a, "max_norm"_a = 0.0f, "lr_ratio"_a = 1.0f, "train_A"_a = true,
           "weight_decay"_a = 0.0f, "ewc"_a = nb::none(), nb::keep_alive<1, 7>());
@@ -295,7 +341,9 @@ void bind_pool(nb::module_ &m) {
   nb::class_<Ewc>(m, "Ewc", "Fisher information and anchors: le_ewc of lora_engine.h.")
       .def(nb::init<Pool &, const std::string &, float>(), "pool"_a, "form"_a, "ewc_lambda"_a,
            nb::keep_alive<1, 2>())
-      .def("set", &Ewc::set, "slot"_a, "fisher_A"_a, "fisher_B"_a)
+      .def("set", &Ewc::set, "slot"_a, "first"_a, "second"_a)
+      .def("get", &Ewc::get, "slot"_a)
+      .def("restore", &Ewc::restore, "slot"_a, "first"_a, "second"_a, "anchor_A"_a, "anchor_B"_a)
       .def("remove", &Ewc::remove, "slot"_a)
       .def("penalty", &Ewc::penalty);
 }

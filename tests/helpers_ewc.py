@@ -8,19 +8,11 @@ import numpy as np
 import pytest
 from helpers import f64, fill_pool
 
-from lora_engine import _C, reference
+from lora_engine import reference
 from lora_engine.backends import chosen
 
 FORMS = ("factor", "delta")
-BACKENDS = [
-    "reference",
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            not hasattr(_C.Ewc, "restore"), reason="the C++ core lacks Ewc.get and the delta form"
-        ),
-    ),
-]
+BACKENDS = ["reference", "cpu"]
 
 
 @pytest.fixture(scope="module", params=BACKENDS)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lora_engine import _C, reference
+from lora_engine.reference_ewc import delta_penalty
 
 LIB = c.CDLL(_C.__file__)
 OK, VALUE, TYPE, INDEX = 0, 1, 2, 3
@@ -120,6 +121,12 @@ LIB.le_nf4_linear.argtypes = [
 ]  # fmt: skip
 LIB.le_nf4_linear_backward.argtypes = [c.c_void_p, ARRAY, NF4, ARRAY]
 LIB.le_pool_remove.argtypes = [c.c_void_p, c.c_int32]
+LIB.le_ewc_create.argtypes = [c.c_void_p, c.c_int32, c.c_float, c.POINTER(c.c_void_p)]
+LIB.le_ewc_destroy.argtypes = [c.c_void_p]
+LIB.le_ewc_set.argtypes = [c.c_void_p, c.c_int32, *[ARRAY] * 2]
+for name in ("le_ewc_get", "le_ewc_restore"):
+    getattr(LIB, name).argtypes = [c.c_void_p, c.c_int32, *[ARRAY] * 4]
+LIB.le_ewc_penalty.argtypes = [c.c_void_p, c.POINTER(c.c_double)]
 
 
 def view(a: np.ndarray) -> LeArray:
@@ -297,6 +304,34 @@ def test_consolidate(handles):
         assert LIB.le_consolidate(*arguments) == VALUE
     assert LIB.le_consolidate(pool, 3, merge, view(A), view(B), *told) == INDEX
     assert (A == 7).all()
+
+
+def test_a_record_of_ewc_in_delta_form(handles):
+    ctx, pool = handles
+    slot, A, B = add(pool)
+    rng = np.random.default_rng(4)
+    u, v = rng.random(8, "f4"), rng.random(16, "f4")
+    stars = rng.standard_normal((2, 16)).astype("f4"), rng.standard_normal((8, 2)).astype("f4")
+    ewc, penalty = c.c_void_p(), c.c_double(-1.0)
+    assert LIB.le_ewc_create(pool, 2, 3.0, c.byref(ewc)) == VALUE
+    assert LIB.le_ewc_create(pool, 1, 3.0, c.byref(ewc)) == OK
+    got = [np.full_like(a, np.nan) for a in (u, v, *stars)]
+    assert LIB.le_ewc_get(ewc, slot, *map(view, got)) == VALUE
+    assert b"slot 0, which has none" in LIB.le_last_error(ctx)
+    assert LIB.le_ewc_set(ewc, slot, view(u), view(v)) == OK
+    assert LIB.le_ewc_penalty(ewc, c.byref(penalty)) == OK
+    assert penalty.value == 0.0
+    assert LIB.le_ewc_restore(ewc, slot, view(u), view(v), view(stars[0]), None) == VALUE
+    assert LIB.le_ewc_restore(ewc, slot, view(u), view(v), *map(view, stars)) == OK
+    assert LIB.le_ewc_penalty(ewc, c.byref(penalty)) == OK
+    want = delta_penalty(A, B, *stars, u, v, 0.5, 3.0)
+    assert penalty.value == pytest.approx(want, rel=1e-6)
+    skipped = LeArray()
+    assert LIB.le_ewc_get(ewc, slot, skipped, *map(view, got[1:])) == OK
+    assert np.isnan(got[0]).all()
+    for a, b in zip(got[1:], (v, *stars), strict=True):
+        assert (a == b).all()
+    LIB.le_ewc_destroy(ewc)
 
 
 def test_errors_are_statuses_with_words(handles):

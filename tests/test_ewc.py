@@ -129,8 +129,8 @@ def test_what_is_refused():
         ewc.set(5, np.ones((2, 16), "f4"), np.ones((8, 2), "f4"))
     with pytest.raises(ValueError, match="ewc_lambda"):
         le.EWC(pool, ewc_lambda=-1.0, form="factor")
-    with pytest.raises(NotImplementedError, match="delta"):
-        le.EWC(pool, ewc_lambda=1.0, form="delta")
+    with pytest.raises(ValueError, match="form: expected factor or delta"):
+        le.EWC(pool, ewc_lambda=1.0, form="dense")
     with pytest.raises(ValueError, match="ewc: expected one made for this pool"):
         other.adapt(
             np.ones((1, 16), "f4"), np.ones((1, 8), "f4"), np.zeros(1, np.int32), 0.1, ewc=ewc

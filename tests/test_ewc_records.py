@@ -86,3 +86,40 @@ def test_versions_go_on_growing_in_a_slot_that_is_reissued(dtype):
     pool.remove(0)
     assert [pool.add(*given), pool.add(*given)] == [1, 0]  # the first freed first
     assert (pool.version(0), pool.version(1)) == (7, 2)
+
+
+@pytest.mark.parametrize("form", ["factor", "delta"])
+@pytest.mark.parametrize(("slices", "ranks"), [((8,), 2), ((8, 5, 3), (2, 0, 1))], ids=str)
+def test_a_record_is_read_and_put_back_to_the_bit(form, slices, ranks):
+    rng = np.random.default_rng(7)
+    pool, before = fill_pool(rng, 16, slices, [ranks, ranks])
+    here = [m is not None for m in before[0].A]
+    shapes = before[0].A, before[0].B
+    if form == "delta":
+        shapes = [np.empty(o) for o in slices], [np.empty(16)] * len(slices)
+    given = [
+        [rng.random(m.shape, "f4") if h else None for m, h in zip(part, here, strict=True)]
+        for part in shapes
+    ]
+    ewc = le.EWC(pool, ewc_lambda=1.0, form=form)
+    ewc._storage.set(0, *given)
+    x, grad = np.ones((1, 16), "f4"), np.ones((1, sum(slices)), "f4")
+    for _ in range(2):  # away from the anchor
+        pool.adapt(x, grad, np.zeros(1, "i4"), 0.1, ewc=ewc)
+    got = ewc._storage.get(0)
+    for part, want in zip(got, (*given, before[0].A, before[0].B), strict=True):
+        for a, b in zip(part, want, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (a.dtype == np.float32 and bits(a) == bits(b))
+    other = le.EWC(pool, ewc_lambda=1.0, form=form)
+    with pytest.raises(ValueError, match="which has none"):
+        other._storage.get(0)
+    other._storage.restore(0, *got)
+    assert other.penalty() == ewc.penalty() > 0.0
+    other._storage.restore(1, *got)  # any weights may be an anchor
+    assert other.penalty() > ewc.penalty()
+    pool.remove(1)
+    with pytest.raises(IndexError):
+        other._storage.get(1)
+    with pytest.raises(IndexError):
+        other._storage.restore(1, *got)

@@ -8,13 +8,8 @@ from helpers_files import trained, weight_bits
 from helpers_training import TARGET, drawn, samples, started
 
 import lora_engine as le
-from lora_engine import _C
 
 pytestmark = [
-    pytest.mark.skipif(
-        not (hasattr(le.EWC, "observe") and hasattr(_C.Ewc, "restore")),
-        reason="this EWC observes no samples and gives no state",
-    ),
     pytest.mark.usefixtures("backend"),
     pytest.mark.parametrize("form", ["factor", "delta"]),
     pytest.mark.parametrize("optimizer", ["sgd", "adamw"]),

@@ -287,16 +287,28 @@ LE_API le_status le_pool_shrink(le_pool *pool, int32_t slot, const le_array *x, 
 
 /* ---- elastic weight consolidation, one record a slot -------------------- */
 
-typedef enum le_ewc_form { LE_EWC_FACTOR = 0, LE_EWC_DELTA = 1 /* not yet */ } le_ewc_form;
+typedef enum le_ewc_form { LE_EWC_FACTOR = 0, LE_EWC_DELTA = 1 } le_ewc_form;
 
 LE_API le_status le_ewc_create(le_pool *pool, int32_t form, float ewc_lambda, le_ewc **out);
 LE_API void le_ewc_destroy(le_ewc *ewc);
-/* Records the Fisher information (float32, shaped like A and B, not negative)
- * of a slot, and its weights now as the anchor. */
-LE_API le_status le_ewc_set(le_ewc *ewc, int32_t slot, const le_array *fisher_A,
-                            const le_array *fisher_B);
+/* Records the Fisher information of a slot, and its weights now as the anchor. first and
+ * second: num_slices le_array each, float32, not negative; those of a missing slice are
+ * not read. LE_EWC_FACTOR: F_A [r, in] and F_B [out, r]. LE_EWC_DELTA: u [out] and v [in],
+ * the Fisher information of the delta being u v^T. */
+LE_API le_status le_ewc_set(le_ewc *ewc, int32_t slot, const le_array *first,
+                            const le_array *second);
+/* The same with anchors of the caller's, float32 [r, in] and [out, r]. */
+LE_API le_status le_ewc_restore(le_ewc *ewc, int32_t slot, const le_array *first,
+                                const le_array *second, const le_array *anchor_A,
+                                const le_array *anchor_B);
+/* Writes a slot's record to caller-owned float32 arrays of those shapes (data NULL skips
+ * one). LE_ERROR_VALUE where the slot has none. */
+LE_API le_status le_ewc_get(le_ewc *ewc, int32_t slot, const le_array *first,
+                            const le_array *second, const le_array *anchor_A,
+                            const le_array *anchor_B);
 LE_API le_status le_ewc_remove(le_ewc *ewc, int32_t slot);
-/* lambda sum F (theta - anchor)^2 over the slots with a record. */
+/* Over the slots with a record, in factor form lambda sum F (theta - anchor)^2; in delta form
+ * lambda scaling^2 sum_ij u_i v_j (B A - B* A*)_ij^2. */
 LE_API le_status le_ewc_penalty(le_ewc *ewc, double *penalty);
 
 /* ---- consolidation: many adapters into one ------------------------------- */

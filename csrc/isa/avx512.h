@@ -8,7 +8,10 @@
 #define LE_W 16
 #ifdef __AVX512F__
 #define LE_FMA(a, b, c) reinterpret_cast<F>(_mm512_fmadd_ps((a), (b), (c)))
+#define LE_FMA_WIDE(a, b, c) reinterpret_cast<D>(_mm512_fmadd_pd((a), (b), (c)))
 // With a mask of ones: GCC 12 takes the unmasked forms for reads of the uninitialised.
+#define LE_WIDEN_LOW(v) _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (v), 0))
+#define LE_WIDEN_HIGH(v) _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (v), 1))
 #define LE_WIDEN_FLOAT16(h) \
   reinterpret_cast<F>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h)))
 #define LE_ROUND_FLOAT16(v) \
@@ -30,6 +33,22 @@ inline Lanes fma_halves(Lanes a, Lanes b, Lanes c) {
   for (int i = 0; i < 2; ++i) z.half[i] = _mm256_fmadd_ps(x.half[i], y.half[i], z.half[i]);
   return z.whole;
 }
+using WideLanes = double __attribute__((vector_size(64)));
+union WideHalves {
+  WideLanes whole;
+  __m256d half[2];
+};
+inline WideLanes fma_wide_halves(WideLanes a, WideLanes b, WideLanes c) {
+  WideHalves x{a}, y{b}, z{c};
+  for (int i = 0; i < 2; ++i) z.half[i] = _mm256_fmadd_pd(x.half[i], y.half[i], z.half[i]);
+  return z.whole;
+}
+inline WideLanes widen_floats(__m256 v) {
+  WideHalves to;
+  to.half[0] = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+  to.half[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+  return to.whole;
+}
 inline Lanes widen_halves(Packed h) {
   PackedHalves from{h};
   Halves to;
@@ -44,6 +63,9 @@ inline Packed round_halves(Lanes v) {
 }
 }  // namespace
 #define LE_FMA(a, b, c) fma_halves((a), (b), (c))
+#define LE_FMA_WIDE(a, b, c) fma_wide_halves((a), (b), (c))
+#define LE_WIDEN_LOW(v) widen_floats(Halves{v}.half[0])
+#define LE_WIDEN_HIGH(v) widen_floats(Halves{v}.half[1])
 #define LE_WIDEN_FLOAT16(h) widen_halves(h)
 #define LE_ROUND_FLOAT16(v) round_halves(v)
 #endif

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "ewc_bodies.h"
 #include "fisher_bodies.h"
 #include "nf4_bodies.h"
 #include "vec.h"
@@ -272,6 +273,8 @@ const Kernels LE_TABLE = {
       accumulate_squares<Fp16, Fp16>}},
     project,
     expand_squares,
+    {products<float>, products<Bf16>, products<Fp16>},
+    {solve<float>, solve<Bf16>, solve<Fp16>},
 };
 
 }  // namespace le

@@ -38,6 +38,33 @@ struct Update {
 };
 using UpdateFn = void (*)(const Update &);
 
+// gram [rank, rank] = own diag(weights) own^T and cross = anchor diag(weights) own^T; own and
+// anchor [rank, n]. wide: all in float64, else in float32 but for the sum of blocks of columns.
+struct Products {
+  const void *own;
+  const float *anchor, *weights;
+  int64_t rank, n;
+  double *gram, *cross;
+  bool wide;
+};
+using ProductsFn = void (*)(const Products &);
+
+// An update of the `rank` rows at u.src, whose columns are tied: with t = u.penalty u.fisher[i],
+// Q diag(lambda) Q^T a symmetric matrix and theta a column after the step without a penalty,
+// Q z, z_k = (into_k [theta; t anchor]) / (1 + t lambda_k).
+struct Solve {
+  Update u;  // of the first row, but for vec and coef; fisher [n] is of all rows
+  int64_t rank;
+  const float *const *vec;  // [rank]
+  const float *coef;        // [rank]
+  const float *lambda;      // [rank]
+  const float *into;        // [rank, 2 rank], Q^T in the first half of its columns
+  const float *back;        // [rank, rank], Q
+  float *const *rows;       // scratch: 3 rank rows of strip_columns(rank)
+};
+using SolveFn = void (*)(const Solve &);
+constexpr int64_t strip_columns(int64_t rank) { return rank < 32 ? 2048 / rank / 64 * 64 : 64; }
+
 // F = gamma F + (scale g) g for n elements.
 using AccumulateSquaresFn = void (*)(int64_t n, float gamma, float scale, const void *g, void *F);
 
@@ -64,7 +91,9 @@ struct Kernels {
   Nf4Kernels nf4;
   AccumulateSquaresFn accumulate_squares[kNumDtypes][kNumDtypes];  // [dtype of F][dtype of g]
   ProjectFn project;
-  ExpandFn expand_squares;  // with the squares of b, all float32
+  ExpandFn expand_squares;          // with the squares of b, all float32
+  ProductsFn products[kNumDtypes];  // [dtype of own]
+  SolveFn solve[kNumDtypes];        // [dtype of theta]
 };
 
 extern const Kernels kernels_generic;

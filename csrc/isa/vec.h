@@ -1,5 +1,6 @@
 // A vector of W floats as a GCC/Clang vector type, for one instruction set.
-// The including file defines LE_W (lanes) and LE_FMA(a, b, c), and where the
+// The including file defines LE_W (lanes), LE_FMA(a, b, c) and the same of float64,
+// LE_FMA_WIDE, and where the
 // instruction set has them the conversions LE_WIDEN_FLOAT16(H) -> F,
 // LE_ROUND_FLOAT16(F) -> H and LE_ROUND_BFLOAT16(F) -> H. Everything here
 // is in an unnamed namespace: the same function compiled for two instruction

@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_engine import reference
 from lora_engine.backends.reference_arrays import _read, _result, _rows, _write
+from lora_engine.backends.reference_ewc import Ewc
 from lora_engine.backends.reference_nf4 import (  # noqa: F401  the registry looks here for them
     Nf4,
     nf4_decode,
@@ -16,7 +17,7 @@ from lora_engine.backends.reference_nf4 import (  # noqa: F401  the registry loo
     nf4_linear,
     nf4_linear_backward,
 )
-from lora_engine.reference_ewc import delta_penalty, delta_step
+from lora_engine.reference_ewc import delta_step
 
 
 class Step(NamedTuple):
@@ -346,88 +347,3 @@ class Pool:
         parts = [_rows(x) @ A.T for A in self._get(slot).adapter.A if A is not None]
         h: np.ndarray = np.concatenate(parts, axis=1).astype(np.float32)
         return h
-
-
-class Ewc:
-    """As ``_C.Ewc``."""
-
-    def __init__(self, pool: Pool, form: str, ewc_lambda: float) -> None:
-        if form not in ("factor", "delta"):
-            raise ValueError(f"EWC: form: expected factor or delta, got {form}")
-        self.pool, self.form, self.ewc_lambda = pool, form, ewc_lambda
-        self._records: dict[int, tuple[Any, int]] = {}  # and the epoch each was made at
-
-    def set(self, slot: int, first: list[Any], second: list[Any]) -> None:
-        self._record("EWC.set", slot, first, second, self.pool._get(slot).adapter)
-
-    def get(self, slot: int) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-        """(first, second, anchor A, anchor B) by slice, float32; None for a missing one."""
-        ranks = self.pool.ranks(slot)
-        if (record := self.find(slot)) is None:
-            want = "EWC.get: slot: expected one with a record"
-            raise ValueError(f"{want}, got slot {slot}, which has none")
-        (first, second), anchor = record
-        parts = [
-            [m.astype(np.float32) if r else None for m, r in zip(part, ranks, strict=True)]
-            for part in (first, second, anchor.A, anchor.B)
-        ]
-        return parts[0], parts[1], parts[2], parts[3]
-
-    def restore(
-        self, slot: int, first: list[Any], second: list[Any], A: list[Any], B: list[Any]
-    ) -> None:
-        """What ``get`` gave."""
-        adapter = self.pool._get(slot).adapter
-        for given, factors in ((A, adapter.A), (B, adapter.B)):
-            for g, f in zip(given, factors, strict=True):
-                if f is not None and f.size and np.shape(g) != f.shape:
-                    raise ValueError(
-                        f"EWC.restore: anchor: expected shape {np.shape(f)}, got {np.shape(g)}"
-                    )
-        at_A, at_B = ([None if m is None else _read(m) for m in part] for part in (A, B))
-        anchor = reference.Adapter(at_A, at_B, adapter.scaling)
-        self._record("EWC.restore", slot, first, second, anchor)
-
-    def _record(
-        self, op: str, slot: int, first: list[Any], second: list[Any], anchor: reference.Adapter
-    ) -> None:
-        now = self.pool._get(slot)
-        for i, (given, factors) in enumerate(((first, now.adapter.A), (second, now.adapter.B))):
-            for s, (g, f) in enumerate(zip(given, factors, strict=True)):
-                if f is None or not f.size:
-                    continue
-                want = f.shape
-                if self.form == "delta":
-                    want = (self.pool.outs[s] if i == 0 else self.pool.in_features,)
-                if np.shape(g) != want:
-                    raise ValueError(f"{op}: fisher: expected shape {want}, got {np.shape(g)}")
-        fisher = ([_read(g) if g is not None else None for g in f] for f in (first, second))
-        self._records[slot] = (tuple(fisher), anchor), now.epoch
-
-    def find(self, slot: int) -> Any:
-        """(fisher, anchor) of the adapter that is in the slot now, or None."""
-        record, epoch = self._records.get(slot, (None, 0))
-        held = self.pool._slots.get(slot)
-        return record if held and held.epoch == epoch else None
-
-    def remove(self, slot: int) -> None:
-        self._records.pop(slot, None)
-
-    def penalty(self) -> float:
-        total = 0.0
-        for slot in self._records:
-            if (record := self.find(slot)) is None:
-                continue
-            (first, second), anchor = record
-            now = self.pool._get(slot).adapter
-            for s, (A, B) in enumerate(zip(now.A, now.B, strict=True)):
-                if A is None or not len(A):
-                    continue
-                if self.form == "delta":
-                    total += delta_penalty(
-                        A, B, anchor.A[s], anchor.B[s], first[s], second[s], now.scaling, 1.0
-                    )
-                else:
-                    total += float((first[s] * (_read(A) - _read(anchor.A[s])) ** 2).sum())
-                    total += float((second[s] * (_read(B) - _read(anchor.B[s])) ** 2).sum())
-        return self.ewc_lambda * total

@@ -213,22 +213,63 @@ class Ewc:
         return Records(self._table, 2.0 * self.ewc_lambda, self.form == "delta")
 
     def set(self, slot: int, first: list[Any], second: list[Any]) -> None:
-        """(F_A, F_B) of each slice, with the slot's weights as the anchor."""
-        self._record("EWC.set", slot, first, second, None)
+        """(F_A, F_B) or (u, v) of each slice, with the slot's weights as the anchor."""
+        self._record("EWC.set", slot, first, second)
 
     def restore(
         self, slot: int, first: list[Any], second: list[Any], A: list[Any], B: list[Any]
     ) -> None:
-        """What ``get`` gave."""
+        """The same with anchors of the caller's."""
         self._record("EWC.restore", slot, first, second, (A, B))
 
-    def _record(self, op: str, slot: int, first: list[Any], second: list[Any], anchor: Any) -> None:
+    def get(self, slot: int) -> tuple[list[Any], ...]:
+        """(first, second, anchor_A, anchor_B) as NumPy arrays, None for a missing slice."""
+        op = "EWC.get"
         with self.pool.lock:
             held = self.pool.slot(op, slot)
-            fisher = self._delta_parts if self.form == "delta" else self._factor_parts
-            before, after = fisher(op, held.ranks, first, second)
-            weights = self._weights(slot) if anchor is None else self._anchor(op, slot, *anchor)
-            memory = torch.cat([*before, weights, *after])
+            record = self._records.get(slot)
+            if record is None or record.epoch != held.epoch:
+                what = f"slot {slot}, which has none"
+                raise refuse(ValueError, op, "slot", "one with a record", what)
+            begin = 2 * work_elements(held.ranks) if self.form == "delta" else 0
+            flat = record.memory[begin:].cpu().numpy()
+        width, outs = self.pool.in_features, self.pool.outs
+        elements = sum(r * (width + out) for r, out in zip(held.ranks, outs, strict=True))
+        if self.form == "factor":
+            return *self._factors(held.ranks, flat), *self._factors(held.ranks, flat[elements:])
+        u = np.split(flat[elements:], np.cumsum([*outs, *[width] * len(outs)])[:-1])
+        pairs = [
+            [w.copy() if rank else None for w, rank in zip(part, held.ranks, strict=True)]
+            for part in (u[: len(outs)], u[len(outs) :])
+        ]
+        return *pairs, *self._factors(held.ranks, flat)
+
+    def _factors(self, ranks: tuple[int, ...], flat: Any) -> tuple[list[Any], list[Any]]:
+        """A and B of each slice, from the order of storage."""
+        A: list[Any] = []
+        B: list[Any] = []
+        at, width = 0, self.pool.in_features
+        for rank, out in zip(ranks, self.pool.outs, strict=True):
+            middle, end = at + rank * width, at + rank * (width + out)
+            A.append(flat[at:middle].reshape(rank, width).copy() if rank else None)
+            B.append(flat[middle:end].reshape(rank, out).T.copy() if rank else None)
+            at = end
+        return A, B
+
+    def _record(
+        self, op: str, slot: int, first: list[Any], second: list[Any], anchor: Any = None
+    ) -> None:
+        with self.pool.lock:
+            held = self.pool.slot(op, slot)
+            stars = self._weights(slot)
+            if anchor is not None:
+                A, B = anchor
+                stars = self._flat(op, "anchor_A", "anchor_B", held.ranks, A, B, None)
+            if self.form == "delta":
+                memory = self._delta_record(op, held.ranks, first, second, stars)
+            else:
+                fisher = self._flat(op, "fisher_A", "fisher_B", held.ranks, first, second)
+                memory = torch.cat([fisher, stars])
             if len(self._table) <= slot:
                 larger = self._table.new_zeros((self.pool.adapters.ranks.shape[0], 2))
                 larger[: len(self._table)] = self._table
@@ -236,84 +277,39 @@ class Ewc:
             self._records[slot] = _Record(memory, held.epoch)
             self._table[slot] = torch.tensor([memory.data_ptr(), held.epoch])
 
-    def _factor_parts(
-        self, op: str, ranks: tuple[int, ...], F_A: list[Any], F_B: list[Any]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What a record holds before the anchor and after it."""
-        parts, device = [], self.pool.device
+    def _flat(
+        self, op: str, name_A: str, name_B: str, ranks: tuple[int, ...], A: list[Any],
+        B: list[Any], least: float | None = 0.0,
+    ) -> torch.Tensor:  # fmt: skip
+        """Checked arrays shaped like the factors, in the order of storage without gaps."""
+        parts, device = [torch.empty(0, device=self.pool.device)], self.pool.device
         for s, (rank, out) in enumerate(zip(ranks, self.pool.outs, strict=True)):
             if rank:
-                a = _fisher(op, "fisher_A", F_A[s], (rank, self.pool.in_features), device)
-                b = _fisher(op, "fisher_B", F_B[s], (out, rank), device)
+                a = _float32(op, name_A, A[s], (rank, self.pool.in_features), device, least)
+                b = _float32(op, name_B, B[s], (out, rank), device, least)
                 parts += [a.reshape(-1), b.T.reshape(-1)]
-        return parts, []
+        return torch.cat(parts)
 
-    def _delta_parts(
-        self, op: str, ranks: tuple[int, ...], u: list[Any], v: list[Any]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """As ``_factor_parts``; before the anchor, room for the solver."""
+    def _delta_record(
+        self, op: str, ranks: tuple[int, ...], u: list[Any], v: list[Any], stars: torch.Tensor
+    ) -> torch.Tensor:
         if max(ranks) > WIDEST:
             raise refuse(ValueError, op, "slot", f"a rank of at most {WIDEST}", max(ranks))
         us, vs, device = [], [], self.pool.device
         for s, (rank, out) in enumerate(zip(ranks, self.pool.outs, strict=True)):
             width = self.pool.in_features
             us.append(
-                _fisher(op, "u", u[s], (out,), device) if rank else torch.zeros(out).to(device)
+                _float32(op, "u", u[s], (out,), device) if rank else torch.zeros(out).to(device)
             )
             vs.append(
-                _fisher(op, "v", v[s], (width,), device) if rank else torch.zeros(width).to(device)
+                _float32(op, "v", v[s], (width,), device) if rank else torch.zeros(width).to(device)
             )
         work = torch.zeros(2 * work_elements(ranks), device=device)
-        return [work], [*us, *vs]
-
-    def get(self, slot: int) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-        """(first, second, anchor A, anchor B) by slice, float32; None for a missing one."""
-        with self.pool.lock:
-            held = self.pool.slot("EWC.get", slot)
-            record = self._records.get(slot)
-            if record is None or record.epoch != held.epoch:
-                want = "one with a record"
-                raise refuse(ValueError, "EWC.get", "slot", want, f"slot {slot}, which has none")
-            ranks, width, outs = held.ranks, self.pool.in_features, self.pool.outs
-            size = sum(r * (width + out) for r, out in zip(ranks, outs, strict=True))
-            values = record.memory.cpu().numpy()
-        if self.form == "factor":
-            return (*self._unflat(values[:size], ranks), *self._unflat(values[size:], ranks))
-        begin = 2 * work_elements(ranks)
-        sizes = np.cumsum([size, *outs, *[width] * (len(outs) - 1)])
-        anchor, *parts = np.split(values[begin:], sizes)
-        kept = [p.copy() if rank else None for p, rank in zip(parts, 2 * ranks, strict=True)]
-        return kept[: len(outs)], kept[len(outs) :], *self._unflat(anchor, ranks)
-
-    def _unflat(self, flat: np.ndarray, ranks: tuple[int, ...]) -> tuple[list[Any], list[Any]]:
-        """Of values in the order of ``_weights``: those shaped as A and as B, by slice."""
-        first: list[Any] = []
-        second: list[Any] = []
-        at, width = 0, self.pool.in_features
-        for rank, out in zip(ranks, self.pool.outs, strict=True):
-            middle, end = at + rank * width, at + rank * (width + out)
-            first.append(flat[at:middle].reshape(rank, width).copy() if rank else None)
-            second.append(flat[middle:end].reshape(rank, out).T.copy() if rank else None)
-            at = end
-        return first, second
-
-    def _anchor(self, op: str, slot: int, A: list[Any], B: list[Any]) -> torch.Tensor:
-        """Given anchors, checked, in the order of ``_weights``."""
-        now = self.pool.get(slot)
-        for given, factors in ((A, now[0]), (B, now[1])):
-            for g, f in zip(given, factors, strict=True):
-                if f is not None and f.size and np.shape(g) != f.shape:
-                    raise refuse(
-                        ValueError, op, "anchor", f"shape {list(f.shape)}", list(np.shape(g))
-                    )
-        return self._flat(A, B)
+        return torch.cat([work, stars, *us, *vs])
 
     def _weights(self, slot: int) -> torch.Tensor:
         """A slot's weights as float32, in the order of storage without gaps."""
         A, B, _ = self.pool.get(slot)
-        return self._flat(A, B)
-
-    def _flat(self, A: list[Any], B: list[Any]) -> torch.Tensor:
         flat = [m.reshape(-1) for a, b in zip(A, B, strict=True) if a is not None for m in (a, b.T)]
         made = torch.from_numpy(np.concatenate(flat)) if flat else torch.empty(0)
         return made.to(self.pool.device)
@@ -360,10 +356,11 @@ class Ewc:
         return total * float(self.pool.adapters.scalings[slot]) ** 2
 
 
-def _fisher(
-    op: str, name: str, array: Any, shape: tuple[int, ...], device: torch.device
-) -> torch.Tensor:
-    """Checked Fisher information, from wherever it is."""
+def _float32(
+    op: str, name: str, array: Any, shape: tuple[int, ...], device: torch.device,
+    least: float | None = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """Checked Fisher information or (least None) weights, from wherever they are."""
     given = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
     if not isinstance(given, torch.Tensor):
         raise refuse(TypeError, op, name, "a float32 array", type(array).__name__)
@@ -371,8 +368,8 @@ def _fisher(
     if given.shape != shape:
         raise refuse(ValueError, op, name, f"shape {list(shape)}", list(given.shape))
     given = given.detach().to(device)
-    bad = given[~((given >= 0) & (given <= 3.4e38))]
+    bad = given[~((given >= (-3.4e38 if least is None else least)) & (given <= 3.4e38))]
     if bad.numel():
-        want = "finite values of 0 or more"
+        want = "finite values" if least is None else "finite values of 0 or more"
         raise refuse(ValueError, op, name, want, f"{float(bad[0]):g}")
     return given

@@ -59,8 +59,8 @@ class EWC:
     factor form; while samples wait for ``consolidate``, 4 (in + out) bytes or 4 r (in + out)
     on the host, where room for up to twice as many slots may be held.
 
-    Raises NotImplementedError for "delta" on the C++ backend, ValueError for ewc_lambda < 0,
-    gamma outside 0..1, fisher_samples < 1 or an unknown form.
+    Raises ValueError for ewc_lambda < 0, gamma outside 0..1, fisher_samples < 1 or an unknown
+    form.
     """
 
     def __init__(

@@ -74,8 +74,6 @@ class PoolEwc:
         """A slot's record, if the adapter that is in it now has one."""
         if slot not in self._recorded:
             return None
-        if not hasattr(self._storage, "get"):
-            raise NotImplementedError("EWC: the C++ backend of this version gives no record back")
         try:
             record: Record = self._storage.get(slot)
         except ValueError:  # it was of an earlier adapter

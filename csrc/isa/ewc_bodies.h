@@ -1,0 +1,240 @@
+// The inner loops of EWC in delta form: sums of products in float64, then the
+// solve of each column. Included by bodies.h.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "vec.h"
+
+namespace le {
+namespace {
+
+template <class TB, class TY>  // of bodies.h
+void expand(int64_t m, int64_t terms, const float *c, int64_t ldc, const void *const *rows,
+            int64_t n, void *const *out, int accumulate);
+
+// ---- products: Gram matrices of weighted rows -----------------------------------
+
+using D = double __attribute__((vector_size(4 * LE_W)));  // W / 2 lanes
+
+// Part 0 or 1 of a vector as float64, or all of it as it is.
+template <class V, int PART>
+LE_INLINE V part_of(F v);
+template <>
+LE_INLINE F part_of<F, 0>(F v) {
+  return v;
+}
+#ifdef LE_WIDEN_LOW  // GCC 12 converts through memory
+template <>
+LE_INLINE D part_of<D, 0>(F v) {
+  return reinterpret_cast<D>(LE_WIDEN_LOW(v));
+}
+template <>
+LE_INLINE D part_of<D, 1>(F v) {
+  return reinterpret_cast<D>(LE_WIDEN_HIGH(v));
+}
+#else
+template <>
+LE_INLINE D part_of<D, 0>(F v) {
+  D wide;
+  for (int i = 0; i < W / 2; ++i) wide[i] = v[i];
+  return wide;
+}
+template <>
+LE_INLINE D part_of<D, 1>(F v) {
+  D wide;
+  for (int i = 0; i < W / 2; ++i) wide[i] = v[i + W / 2];
+  return wide;
+}
+#endif
+LE_INLINE D fma(D a, D b, D c) { return LE_FMA_WIDE(a, b, c); }
+LE_INLINE double sum(D v) {
+  double lane[W / 2];
+  std::memcpy(lane, &v, sizeof v);
+  for (int half = W / 4; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+// acc_ij += left_i (weight right_j) but for j > i in the first TRIANGLE rows.
+template <class V, int PART, int LT, int RT, int TRIANGLE>
+LE_INLINE void add_products(F weight, const F *left, const F *right, V (*acc)[RT]) {
+  V weighted[RT];
+  for (int j = 0; j < RT; ++j) weighted[j] = part_of<V, PART>(weight) * part_of<V, PART>(right[j]);
+  for (int i = 0; i < LT; ++i) {
+    V l = part_of<V, PART>(left[i]);
+    for (int j = 0; j < RT; ++j)
+      if (i >= TRIANGLE || j <= i) acc[i][j] = fma(l, weighted[j], acc[i][j]);
+  }
+}
+
+// Summed in vectors of V, before float64 takes over.
+template <class V>
+constexpr int64_t kProductColumns = std::is_same<V, F>::value ? 1024 : INT64_MAX / 2;
+
+// OWN rows of gram from i0 and ANCHORS rows of cross, against RT rows of own from j0;
+// on the diagonal what lies above it is left out. One accumulator an element.
+template <class V, class T, int OWN, int ANCHORS, int RT, bool DIAGONAL>
+LE_INLINE void product_tile(const Products &p, int64_t i0, int64_t j0) {
+  constexpr int LT = OWN + ANCHORS, TRIANGLE = DIAGONAL ? OWN : 0;
+  const T *own = static_cast<const T *>(p.own);
+  double total[LT][RT] = {};
+  for (int64_t first = 0; first < p.n; first += kProductColumns<V>) {
+    V acc[LT][RT] = {};
+    auto add = [&](auto &&read) {
+      F weight = read(p.weights), right[RT], left[LT];
+      for (int j = 0; j < RT; ++j) right[j] = read(own + (j0 + j) * p.n);
+      for (int i = 0; i < OWN; ++i) left[i] = read(own + (i0 + i) * p.n);
+      for (int i = 0; i < ANCHORS; ++i) left[OWN + i] = read(p.anchor + (i0 + i) * p.n);
+      add_products<V, 0, LT, RT, TRIANGLE>(weight, left, right, acc);
+      if constexpr (std::is_same<V, D>::value)
+        add_products<V, 1, LT, RT, TRIANGLE>(weight, left, right, acc);
+    };
+    int64_t at = first, end = std::min(p.n, first + kProductColumns<V>);
+    for (; at + W <= end; at += W) add([at](const auto *row) { return load(row + at); });
+    if (int64_t left = end - at)
+      add([at, left](const auto *row) { return load_part(row + at, left); });
+    for (int i = 0; i < LT; ++i)
+      for (int j = 0; j < RT; ++j) total[i][j] += sum(acc[i][j]);
+  }
+  for (int j = 0; j < RT; ++j) {
+    for (int i = 0; i < OWN; ++i)
+      if (!(DIAGONAL && j > i))
+        p.gram[(i0 + i) * p.rank + j0 + j] = p.gram[(j0 + j) * p.rank + i0 + i] = total[i][j];
+    for (int i = 0; i < ANCHORS; ++i) p.cross[(i0 + i) * p.rank + j0 + j] = total[OWN + i][j];
+  }
+}
+
+template <class V, class T>
+void products_in(const Products &p) {
+  int64_t r = p.rank, pairs = r - r % 2;
+  for (int64_t j = 0; j < pairs; j += 2) {
+    for (int64_t i = 0; i < j; i += 2) product_tile<V, T, 0, 2, 2, false>(p, i, j);
+    product_tile<V, T, 2, 2, 2, true>(p, j, j);
+    for (int64_t i = j + 2; i < pairs; i += 2) product_tile<V, T, 2, 2, 2, false>(p, i, j);
+    if (pairs < r) product_tile<V, T, 1, 1, 2, false>(p, pairs, j);
+  }
+  if (pairs == r) return;
+  for (int64_t i = 0; i < pairs; i += 2) product_tile<V, T, 0, 2, 1, false>(p, i, pairs);
+  product_tile<V, T, 1, 1, 1, true>(p, pairs, pairs);
+}
+
+template <class T>
+void products(const Products &p) {
+  if (p.wide)
+    products_in<D, T>(p);
+  else
+    products_in<F, T>(p);
+}
+
+// ---- solve: the columns of one factor -----------------------------------------------
+
+// Of few ranks a column stays in registers.
+template <class T, int R>
+LE_INLINE void solve_registers(const Solve s) {  // by value: no store can alias it
+  const T *src = static_cast<const T *>(s.u.src);
+  T *dst = static_cast<T *>(s.u.dst);
+  const int64_t n = s.u.n;
+  const F decay = set1(s.u.decay), penalty = set1(s.u.penalty), one = set1(1.0f);
+  const float *vec[R];
+  F coef[R], lambda[R], basis[R][R], pull[R][R];
+  for (int k = 0; k < R; ++k) {
+    vec[k] = s.vec[k];
+    coef[k] = set1(-s.coef[k]);
+    lambda[k] = set1(s.lambda[k]);
+    for (int j = 0; j < R; ++j) {
+      basis[k][j] = set1(s.into[k * 2 * R + j]);
+      pull[k][j] = set1(s.into[k * 2 * R + R + j]);
+    }
+  }
+  auto columns = [&](int64_t at, auto &&read, auto &&write) {
+    F t = penalty * read(s.u.fisher + at), theta[R], anchor[R], next[R];
+    for (int j = 0; j < R; ++j) {
+      theta[j] = fma(coef[j], read(vec[j] + at), decay * read(src + j * n + at));
+      anchor[j] = read(s.u.anchor + j * n + at);
+    }
+    for (int k = 0; k < R; ++k) {
+      F own = basis[k][0] * theta[0], pulled = pull[k][0] * anchor[0];
+      for (int j = 1; j < R; ++j) {
+        own = fma(basis[k][j], theta[j], own);
+        pulled = fma(pull[k][j], anchor[j], pulled);
+      }
+      F z = fma(t, pulled, own) / fma(t, lambda[k], one);
+      for (int j = 0; j < R; ++j) next[j] = k ? fma(basis[k][j], z, next[j]) : basis[k][j] * z;
+    }
+    for (int j = 0; j < R; ++j)
+      write(dst + j * n + at, next[j], s.u.element + static_cast<uint32_t>(j * n + at));
+  };
+  int64_t at = 0;
+  for (; at + W <= n; at += W)
+    columns(
+        at, [](const auto *p) { return load(p); },
+        [&](T *to, F v, uint32_t element) { store_stochastic(to, v, element, s.u); });
+  if (int64_t left = n - at)
+    columns(
+        at, [left](const auto *p) { return load_part(p, left); },
+        [&](T *to, F v, uint32_t element) {
+          T part[W];
+          store_stochastic(part, v, element, s.u);
+          copy_part(to, part, left);
+        });
+}
+
+// Of more, a strip of columns at a time stays in the L1: rows [0, 2 rank) of s.rows hold
+// theta before the penalty and t anchor, the others z.
+template <class T>
+void solve_strip(const Solve &s, int64_t first, int64_t count) {
+  const int64_t r = s.rank, n = s.u.n;
+  float *const *in = s.rows, *const *z = s.rows + 2 * r;
+  const T *src = static_cast<const T *>(s.u.src) + first;
+  T *dst = static_cast<T *>(s.u.dst) + first;
+  const F decay = set1(s.u.decay), pull = set1(s.u.penalty), one = set1(1.0f);
+  const float *weights = s.u.fisher + first, *anchor = s.u.anchor + first;
+  auto each = [count](auto &&visit) {
+    int64_t at = 0;
+    for (; at + W <= count; at += W) visit(at, [](const auto *p) { return load(p); });
+    if (int64_t left = count - at) visit(at, [left](const auto *p) { return load_part(p, left); });
+  };
+  for (int64_t j = 0; j < r; ++j) {
+    const F coef = set1(-s.coef[j]);
+    each([&, vec = s.vec[j] + first](int64_t at, auto &&read) {
+      store(in[j] + at, fma(coef, read(vec + at), decay * read(src + j * n + at)));
+      store(in[r + j] + at, pull * read(weights + at) * read(anchor + j * n + at));
+    });
+  }
+  expand<float, float>(r, 2 * r, s.into, 2 * r, reinterpret_cast<const void *const *>(in), count,
+                       reinterpret_cast<void *const *>(z), 0);
+  for (int64_t k = 0; k < r; ++k) {
+    const F lambda = set1(s.lambda[k]);
+    each([&](int64_t at, auto &&read) {
+      store(z[k] + at, load(z[k] + at) / fma(pull * read(weights + at), lambda, one));
+    });
+  }
+  expand<float, float>(r, r, s.back, r, reinterpret_cast<const void *const *>(z), count,
+                       reinterpret_cast<void *const *>(in), 0);
+  for (int64_t j = 0; j < r; ++j) {
+    T *to = dst + j * n;
+    uint32_t element = s.u.element + static_cast<uint32_t>(j * n + first);
+    int64_t at = 0;
+    for (; at + W <= count; at += W)
+      store_stochastic(to + at, load(in[j] + at), element + static_cast<uint32_t>(at), s.u);
+    if (at == count) continue;
+    T part[W];
+    store_stochastic(part, load(in[j] + at), element + static_cast<uint32_t>(at), s.u);
+    copy_part(to + at, part, count - at);
+  }
+}
+
+template <class T>
+void solve(const Solve &s) {
+  if (s.rank == 1) return solve_registers<T, 1>(s);
+  if (s.rank == 2) return solve_registers<T, 2>(s);
+  if (s.rank == 3) return solve_registers<T, 3>(s);
+  if (s.rank == 4) return solve_registers<T, 4>(s);
+  const int64_t width = strip_columns(s.rank);
+  for (int64_t at = 0; at < s.u.n; at += width) solve_strip<T>(s, at, std::min(width, s.u.n - at));
+}
+
+}  // namespace
+}  // namespace le
