@@ -268,6 +268,28 @@ def test_a_record_does_not_outlive_its_adapter(form):
     assert max(learning.errors()) <= STORED["float32"]
 
 
+@pytest.mark.parametrize("form", ["factor", "delta"])
+def test_a_record_is_read_and_put_back_to_the_bit(form):
+    learning = Learning((7, 5, 4), (2, 0, 3), "float32", form, 0.8)
+    learning.errors()  # away from the anchor
+    got = learning.ewc._storage.get(0)
+    for part, want in zip(got, (*learning.fisher, *learning.anchor[:2]), strict=True):
+        for a, b in zip(part, want, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (a.dtype == np.float32 and bits(a) == bits(b))
+    other = le.EWC(learning.held.pool, learning.lam, form=form)
+    other._storage.restore(0, *got)
+    assert other.penalty() == learning.ewc.penalty() > 0.0
+    with pytest.raises(ValueError, match=r"EWC\.get: slot: .*slot 1, which has none"):
+        other._storage.get(1)
+    with pytest.raises(ValueError, match="anchor_A: expected finite values, got nan"):
+        other._storage.restore(
+            1, *got[:2], [a if a is None else a * np.nan for a in got[2]], got[3]
+        )
+    with pytest.raises(IndexError, match=r"EWC\.restore: slot"):
+        other._storage.restore(5, *got)
+
+
 def test_what_is_refused():
     pool, _ = fill_pool(np.random.default_rng(3), 16, (8,), [2])
     factor, delta = le.EWC(pool, 1.0, form="factor"), le.EWC(pool, 1.0, form="delta")
