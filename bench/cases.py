@@ -3,6 +3,7 @@
 from bench import (
     cases_adapt,
     cases_batched,
+    cases_consolidate,
     cases_fisher,
     cases_forward,
     cases_import,
@@ -17,5 +18,6 @@ CASES = (
     *cases_pool_adapt.CASES,
     *cases_nf4.CASES,
     *cases_fisher.CASES,
+    *cases_consolidate.CASES,
     *cases_import.CASES,
 )

@@ -9,7 +9,9 @@ namespace {
 
 const char *const kOp = "consolidate";
 constexpr int64_t kMostRank = 256;
-constexpr int64_t kExtra = 6;          // directions carried beyond the rank: it converges sooner
+// Directions carried beyond the rank, with which the iteration converges sooner; fewer where the
+// solves go on from its first sweep.
+constexpr int64_t kExtra = 6, kExtraOfStart = 2;
 constexpr double kNegligible = 1e-10;  // of the largest eigenvalue, of float32's squares
 
 // delta = left^T right, [width, out] and [width, in].
@@ -138,10 +140,12 @@ double leading(const Doubles &gram, int64_t width, int64_t rank) {
 }
 
 // The leading part of the plain sum T = sum_k weights_k D_k by subspace iteration (Halko,
-// Martinsson and Tropp 2011, algorithm 4.4): left^T right, left orthonormal, right = left T.
+// Martinsson and Tropp 2011, algorithm 4.4): left^T right, left orthonormal, right = left T. One
+// sweep of it where only a start is asked for.
 Product subspace(MergeSweep &sweep, const MergeTerms &terms, const Doubles &weights,
-                 const le_merge &merge, int32_t most, Doubles *gram, int32_t *sweeps) {
-  int64_t in = terms.a.n, width = std::min(merge.rank + kExtra, std::min(in, terms.b.n));
+                 const le_merge &merge, bool start, Doubles *gram, int32_t *sweeps) {
+  int64_t in = terms.a.n, width = merge.rank + (start ? kExtraOfStart : kExtra);
+  width = std::min({width, in, terms.b.n});
   Product p;
   Floats X(static_cast<size_t>(width * in)), Y;
   for (int64_t j = 0; j < width; ++j) fill_random(&X[j * in], in, static_cast<uint64_t>(~j));
@@ -155,11 +159,11 @@ Product subspace(MergeSweep &sweep, const MergeTerms &terms, const Doubles &weig
     p.left = combine(W, m, Y, width);
     from_a = sweep.apply(terms.a, transformed(from_b, W, m, width), weights, m, &p.right);
     bool whole = m < width;  // nothing of T lies outside
+    bool last = start || *sweeps >= merge.max_sweeps;
     p.width = width = m;
     *gram = from_a.gram;
     double captured = leading(*gram, width, merge.rank);
-    if (whole || captured - before <= double(merge.tolerance) * captured || *sweeps >= most)
-      return p;
+    if (whole || captured - before <= double(merge.tolerance) * captured || last) return p;
     before = captured;
     m = whiten(*gram, width, &W, &inverse);
     from_a = transformed(from_a, W, m, width);
@@ -255,8 +259,7 @@ void consolidate(AdapterPool &pool, int32_t base, const le_merge &merge, const l
   MergeSweep sweep(pool.context(), terms, merge.num_threads);
   le_merge_info told{0, 0};
   Doubles gram;
-  int32_t most = fisher ? 1 : merge.max_sweeps;  // the solves go on from there
-  Product p = subspace(sweep, terms, weights, merge, most, &gram, &told.subspace_sweeps);
+  Product p = subspace(sweep, terms, weights, merge, fisher, &gram, &told.subspace_sweeps);
   p = truncated(p, gram, merge.rank, fisher);
   if (fisher) {
     Floats start = p.right;
