@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
-
-pytest.importorskip("sklearn")
-pytest.importorskip("rich")
-
-from rich.progress import Progress
-from threadpoolctl import threadpool_limits
+from helpers_evidence import FULL, quiet
 
 from lora_engine.evidence import data, measure, network
 from lora_engine.evidence import permuted_digits as experiment
 
-FULL = os.environ.get("LORA_ENGINE_TEST_PROFILE") == "full"
 PROFILE = experiment.FULL if FULL else experiment.QUICK
 
 
 @pytest.fixture(scope="module")
 def result():
-    with threadpool_limits(1, "blas"):
-        return experiment.run(Progress(disable=True), PROFILE)
+    with quiet() as progress:
+        return experiment.run(progress, PROFILE)
 
 
 def test_online_ewc_beats_no_protection_and_the_best_l2(result):
