@@ -86,7 +86,9 @@ def test_records_of_two_tasks(form, monkeypatch):
         tasks = []
         for n in (5, 9):
             x, g = (rng.standard_normal((n, m)).astype("f4") for m in (64, 100))
-            held.consolidate(x, g, np.zeros(n, np.int32))
+            for part in (slice(0, 2), slice(2, n)):
+                held.observe(x[part], g[part], np.zeros(n, np.int32)[part])
+            held.consolidate()
             tasks.append((x, g))
     if form == "factor":
         old, new = ([f / len(x) for f in reference.lora_fisher(x, g, A, B, s)] for x, g in tasks)

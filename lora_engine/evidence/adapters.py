@@ -156,7 +156,8 @@ class Bench:
         x, ids = self._rows(images)
         for record, g in zip(self.records, self.gradients(images, labels), strict=True):
             if record:
-                record.consolidate(x, g, ids)
+                record.observe(x, g, ids)
+                record.consolidate()
 
     def accuracy(self, task: int) -> Doubles:
         """[lambdas, seeds] on images that nothing learns from."""

@@ -13,30 +13,36 @@ GAMMA = 0.95  # what permuted_digits.py chooses on validation images
 
 
 class Consolidation:
-    """A pool's EWC and what its slots have recorded so far; a row is a sample."""
+    """A pool's EWC, what its slots have recorded, and what they saw of the task at hand."""
 
     def __init__(self, pool: le.AdapterPool, ewc_lambda: float, form: str) -> None:
         self.ewc, self._pool, self._form = le.EWC(pool, ewc_lambda, form=form), pool, form
         self._records: dict[int, Record] = {}
+        self._seen: dict[int, tuple[Record, int]] = {}
 
-    def consolidate(self, x: Floats, grad: Floats, ids: NDArray[np.int32]) -> None:
-        """F* <- gamma F* + the mean over the task's samples, of each slot that ids name; its
-        weights now are the anchor."""
-        for slot in np.unique(ids).tolist():
-            rows = ids == slot
-            record = self._mean(slot, x[rows], grad[rows])
+    def observe(self, x: Floats, grad: Floats, ids: NDArray[np.int32]) -> None:
+        """Adds samples, a row each, to what their slots saw: sums of per-sample squares."""
+        order = np.argsort(ids, kind="stable")
+        slots, starts = np.unique(ids[order], return_index=True)
+        for slot, rows in zip(slots.tolist(), np.split(order, starts[1:]), strict=True):
+            sums, count = self._seen.get(slot, (None, 0))
+            if self._form == "delta":
+                sums = le.lora_fisher_factors(x[rows], grad[rows], out=sums)
+            else:
+                sums = le.lora_fisher(x[rows], grad[rows], *self._pool.get(slot), out=sums)
+            self._seen[slot] = sums, count + len(rows)
+
+    def consolidate(self) -> None:
+        """The task's end: F* <- gamma F* + the mean over its samples, of each slot that saw any;
+        its weights now are the anchor."""
+        for slot, (sums, count) in self._seen.items():
+            first, second = (np.float32(1 / count) * part for part in sums)
+            record = first, second
             if slot in self._records:
                 record = self._add(self._records[slot], record)
             self._records[slot] = record
             self.ewc.set(slot, *record)
-
-    def _mean(self, slot: int, x: Floats, grad: Floats) -> Record:
-        if self._form == "delta":
-            sums = le.lora_fisher_factors(x, grad)
-        else:
-            sums = le.lora_fisher(x, grad, *self._pool.get(slot))
-        first, second = (np.float32(1 / len(x)) * part for part in sums)
-        return first, second
+        self._seen.clear()
 
     def _add(self, old: Record, new: Record) -> Record:
         """gamma old + new; in the delta form, where that is no product of two vectors any more,
