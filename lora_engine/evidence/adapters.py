@@ -172,9 +172,9 @@ def measure(
     """[lambdas, seeds, tasks learned, tasks]; lambda 0: no protection."""
     bench = Bench(setting, lambdas, seeds, validating)
     steps = TASKS * setting.epochs * -(-len(bench.tasks[0][0].train.labels) // setting.batch)
-    bar = progress.add_task(
-        f"adapters, {setting.form}", total=steps, note="choosing" if validating else "measuring"
-    )
+    name = f"rank {setting.rank}, batch {setting.batch}, {setting.form}"
+    note = "choosing" if validating else "measuring"
+    bar = progress.add_task(name, total=steps, note=note)
     accuracy = np.full((len(lambdas), seeds, TASKS, TASKS), np.nan)
     for learned in range(TASKS):
         bench.learn(learned, lambda: progress.update(bar, advance=1))
