@@ -30,7 +30,7 @@ class Profile(NamedTuple):
     lambdas: Lambdas = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
 
-FULL, QUICK = Profile(), Profile(2, 2, (10.0, 100.0, 1000.0))
+FULL, QUICK = Profile(), Profile(2, 1, (10.0, 30.0, 100.0, 300.0))
 
 
 class Result(NamedTuple):
