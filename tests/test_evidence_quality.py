@@ -1,0 +1,66 @@
+"""An adapter that learns from the quality of its answers alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers_evidence import FULL, quiet
+
+from lora_engine.evidence import quality
+
+PROFILE = quality.FULL if FULL else quality.QUICK
+
+
+@pytest.fixture(scope="module")
+def result():
+    with quiet() as progress:
+        return quality.run(progress, PROFILE)
+
+
+def test_quality_rises_clearly_above_the_frozen_base(result):
+    assert quality.check(result) == []
+
+
+def test_every_seed_gains(result):
+    assert result.held_out.shape == (PROFILE.seeds, 1 + quality.CHECKPOINTS)
+    assert result.served.shape == (PROFILE.seeds, quality.CHECKPOINTS)
+    end = result.held_out[:, -quality.QUARTER :].mean(axis=1)
+    assert (end > result.held_out[:, 0] + 0.02).all()
+
+
+def test_what_falls_short_is_said(result):
+    still = result._replace(
+        held_out=np.full_like(result.held_out, 0.5), served=np.full_like(result.served, 0.4)
+    )
+    said = quality.check(still)
+    assert len(said) == 3
+    assert said[2].endswith("expected at least 0.0 points, got -10.0")
+
+
+def test_settings_are_the_best_that_were_tried(result):
+    chosen = (result.sigma, result.learning_rate)
+    assert result.validation[chosen] == max(result.validation.values())
+
+
+def test_good_and_bad_quality_move_the_output_opposite_ways():
+    h = np.random.default_rng(0).random(100, np.float32)
+    moved = {}
+    for q in (1.0, 0.0):
+        explorer = quality.Explorer(0, 1.0, 0.1)
+        explorer._average = 0.5
+        _, eps = explorer.serve(h)
+        for _ in range(quality.BATCH):
+            explorer._average = 0.5
+            explorer.learn(h, eps, q)
+        moved[q] = float(explorer.lora.forward(h, quality.MODULE) @ eps)
+    assert moved[1.0] > 0.01
+    assert moved[0.0] == pytest.approx(-moved[1.0], rel=1e-5)
+
+
+def test_a_constant_quality_teaches_nothing():
+    explorer = quality.Explorer(0, 1.0, 0.1)
+    h = np.random.default_rng(0).random(100, np.float32)
+    for _ in range(3 * quality.BATCH):
+        _, eps = explorer.serve(h)
+        explorer.learn(h, eps, 0.7)
+    assert np.abs(explorer.lora.forward(h, quality.MODULE)).max() < 1e-6
