@@ -34,6 +34,8 @@ from lora_engine.ops import (
 if TYPE_CHECKING:
     from lora_engine.learning.feedback_buffer import FeedbackBuffer
     from lora_engine.learning.pipeline import TrainingPipeline
+    from lora_engine.learning.sona import Sona
+    from lora_engine.learning.sona_config import SonaConfig
     from lora_engine.learning.task_boundary import TaskBoundary
     from lora_engine.learning.training_config import TrainingConfig
     from lora_engine.learning.training_samples import TrainingSample
@@ -52,6 +54,8 @@ __all__ = [
     "MicroLoRA",
     "MicroLoRAConfig",
     "NF4Tensor",
+    "Sona",
+    "SonaConfig",
     "TaskBoundary",
     "TrainingConfig",
     "TrainingPipeline",
@@ -75,6 +79,8 @@ __all__ = [
 _AT_FIRST_USE = {
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
     "NF4Tensor": "lora_engine.quant.nf4",
+    "Sona": "lora_engine.learning.sona",
+    "SonaConfig": "lora_engine.learning.sona_config",
     "TaskBoundary": "lora_engine.learning.task_boundary",
     "TrainingConfig": "lora_engine.learning.training_config",
     "TrainingPipeline": "lora_engine.learning.pipeline",

@@ -35,6 +35,10 @@ def _doctor(_: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     try:
+        if args.learning:
+            from lora_engine.evidence import report
+
+            return report.run(out=args.out)
         from lora_engine import demo
     except ModuleNotFoundError as missing:
         print(f"the demo needs {missing.name}: pip install 'lora-engine[demo]'", file=sys.stderr)
@@ -51,6 +55,11 @@ def main(argv: list[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="64 users' handwriting, one adapter each, learned live")
     demo.add_argument("--rounds", type=int, default=600, help="rounds of 64 images (600)")
     demo.add_argument("--out", default="demo_output", help="folder for adapters and picture")
+    demo.add_argument(
+        "--learning",
+        action="store_true",
+        help="instead: experiments on what learning keeps and gains, with pictures; minutes",
+    )
     demo.set_defaults(run=_demo)
     tune = commands.add_parser("tune", help="measure what is quickest on this CPU and GPU")
     command.add_arguments(tune)

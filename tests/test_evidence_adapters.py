@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers_evidence import FULL, delta_backend, quiet
+from helpers_evidence import FULL, quiet
 
 from lora_engine import reference
 from lora_engine.evidence import adapters, measure
@@ -16,10 +16,7 @@ PROFILE = adapters.FULL if FULL else adapters.QUICK
 @pytest.fixture(scope="module")
 def result():
     with quiet() as progress:
-        factor = adapters.run(progress, PROFILE, ("factor",))
-        with delta_backend():
-            delta = adapters.run(progress, PROFILE, ("delta",))
-    return factor._replace(outcomes={**factor.outcomes, **delta.outcomes})
+        return adapters.run(progress, PROFILE)
 
 
 def test_forgetting_is_halved_and_accuracy_gained_in_both_forms(result):
@@ -76,20 +73,19 @@ def test_records_of_two_tasks(form, monkeypatch):
     """What the EWC is given: means over samples, the old decayed at the boundary."""
     rng = np.random.default_rng(0)
     given = []
-    with delta_backend():
-        bench = adapters.Bench(adapters.Setting(form, rank=2), (1.0,), 1, validating=True)
-        held = Consolidation(bench.pools[0], 1.0, form)
-        monkeypatch.setattr(held.ewc, "set", lambda slot, *record: given.append(record))
-        A, B, s = bench.pools[0].get(0)
-        B = rng.standard_normal(B.shape).astype("f4")
-        bench.pools[0].set(0, A, B, s)
-        tasks = []
-        for n in (5, 9):
-            x, g = (rng.standard_normal((n, m)).astype("f4") for m in (64, 100))
-            for part in (slice(0, 2), slice(2, n)):
-                held.observe(x[part], g[part], np.zeros(n, np.int32)[part])
-            held.consolidate()
-            tasks.append((x, g))
+    bench = adapters.Bench(adapters.Setting(form, rank=2), (1.0,), 1, validating=True)
+    held = Consolidation(bench.pools[0], 1.0, form)
+    monkeypatch.setattr(held.ewc, "set", lambda slot, *record: given.append(record))
+    A, B, s = bench.pools[0].get(0)
+    B = rng.standard_normal(B.shape).astype("f4")
+    bench.pools[0].set(0, A, B, s)
+    tasks = []
+    for n in (5, 9):
+        x, g = (rng.standard_normal((n, m)).astype("f4") for m in (64, 100))
+        for part in (slice(0, 2), slice(2, n)):
+            held.observe(x[part], g[part], np.zeros(n, np.int32)[part])
+        held.consolidate()
+        tasks.append((x, g))
     if form == "factor":
         old, new = ([f / len(x) for f in reference.lora_fisher(x, g, A, B, s)] for x, g in tasks)
         want = [GAMMA * a + b for a, b in zip(old, new, strict=True)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from helpers_evidence import FULL, quiet
 
-import lora_engine as le
 from lora_engine.evidence import transfer
 
 PROFILE = transfer.FULL if FULL else transfer.QUICK
@@ -13,10 +12,6 @@ PROFILE = transfer.FULL if FULL else transfer.QUICK
 
 @pytest.fixture(scope="module")
 def result():
-    try:
-        le.EWC(le.AdapterPool(2, 2), 1.0, form="delta")
-    except NotImplementedError as missing:
-        pytest.skip(f"steps of one sample take minutes on the reference backend, and: {missing}")
     with quiet() as progress:
         return transfer.run(progress, PROFILE)
 

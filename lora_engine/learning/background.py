@@ -1,0 +1,256 @@
+"""The background pass of Sona: freeze the fast adapters, merge, judge, serve or drop the result."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_engine import reference_consolidation as low_rank
+from lora_engine.learning import consolidation
+from lora_engine.learning.sona_config import SonaConfig
+from lora_engine.learning.sona_module import Array, Fast, Member, Module, Served
+
+log = logging.getLogger(__name__)
+
+JOINED_RANKS = 4  # times the rank: that a session's adapter may grow to between two merges
+
+
+class BackgroundResult(NamedTuple):
+    """What a pass did. quality_delta: the loss on held-out samples before minus after, NaN
+    where none were held out. note: why nothing was merged, or what was rejected."""
+
+    applied: bool
+    note: str
+    samples_used: int
+    sessions: int
+    quality_delta: float
+
+
+def consolidate(m: Module, config: SonaConfig) -> BackgroundResult:
+    """One module's pass. While it works, sessions learn on in fresh fast adapters."""
+    served = _freeze(m)
+    merged = {s: fast for s, fast in served.frozen.items() if fast.pending}
+    samples = sum(fast.pending for fast in merged.values())
+    if not samples:
+        _unfreeze(m)
+        return BackgroundResult(False, "no samples wait", 0, 0, float("nan"))
+    try:
+        after = _merged(m, config, served, list(merged.values()))
+        gain = _gain(m, served, after)
+    except BaseException:
+        _unfreeze(m)
+        raise
+    if gain < 0.0:
+        _drop(m, after, served)
+        _unfreeze(m)
+        note = f"rejected: the loss on held-out samples would rise by {-gain:.4g}"
+        return BackgroundResult(False, note, samples, len(merged), gain)
+    _serve(m, after, list(merged.values()))
+    return BackgroundResult(True, "", samples, len(merged), gain)
+
+
+def together(results: Sequence[BackgroundResult]) -> BackgroundResult:
+    """The passes of several modules as one: applied where one was."""
+    gains = [r.quality_delta for r in results if not np.isnan(r.quality_delta)]
+    notes = [r.note for r in results if r.note]
+    applied = any(r.applied for r in results)
+    return BackgroundResult(
+        applied,
+        "; ".join(dict.fromkeys(notes)) if not applied or len(results) > 1 else "",
+        sum(r.samples_used for r in results),
+        max(r.sessions for r in results),
+        float(sum(gains)) if gains else float("nan"),
+    )
+
+
+def rollback(m: Module) -> bool:
+    """Serves what was served before the last consolidation, with what was learned since on top."""
+    with m.lock:
+        if m.previous is None:
+            return False
+        (before, m.fisher, m.samples), m.previous = m.previous, None
+        now, m.served = m.served, before._replace(fast=m.served.fast)
+        for slot in {*now.shared()} - {*before.shared()}:
+            m.pool.remove(slot)
+        _fold(m)
+    return True
+
+
+def replace(m: Module, A: Array, B: Array) -> None:
+    """Serves given weights as the consolidated ones; sessions begin anew."""
+    slot = m.pool.add(A, B, m.scaling)
+    with m.lock:
+        old, m.served = m.served, Served(slot, {}, {})
+        m.forget()
+        for used in old.slots():
+            m.pool.remove(used)
+        m.fisher, m.samples = None, 0.0
+
+
+# ---- one step each ----------------------------------------------------------
+
+
+def _freeze(m: Module) -> Served:
+    with m.lock:
+        served = m.served
+        m.served = served._replace(fast={}, frozen=served.fast)
+        return m.served
+
+
+def _unfreeze(m: Module) -> None:
+    """Sessions go on learning in the adapters that were frozen."""
+    with m.lock:
+        _fold(m)
+
+
+def _fold(m: Module) -> None:
+    """Puts what sessions learned beside a frozen adapter into it; the lock is held."""
+    frozen, fast = m.served.frozen, m.served.fast
+    both = frozen.keys() & fast.keys()
+    joined = {session: _joined(m, frozen[session], fast[session]) for session in both}
+    m.served = m.served._replace(fast={**frozen, **fast, **joined}, frozen={})
+    for session in both:
+        m.pool.remove(frozen[session].slot)
+        m.pool.remove(fast[session].slot)
+
+
+def _joined(m: Module, older: Fast, newer: Fast) -> Fast:
+    """One adapter for two, in a slot of its own: of their ranks together, up to a bound."""
+    (A, B, _), (more_A, more_B, _) = (m.pool.get(adapter.slot) for adapter in (older, newer))
+    A, B = np.concatenate([A, more_A]), np.concatenate([B, more_B], axis=1)
+    if len(A) > JOINED_RANKS * m.rank:
+        A, B = _low_rank_sum(m, older.slot, [newer.slot], [1.0])
+    made = Fast(m.pool.add(A, B, m.scaling), m.in_features, m.out_features, newer.baseline)
+    m.hold(made.slot, A)
+    for name in ("u", "v", "inputs"):
+        np.add(getattr(older, name), getattr(newer, name), out=getattr(made, name))
+    made.quality = older.quality + newer.quality
+    made.pending = older.pending + newer.pending
+    return made
+
+
+def _merged(m: Module, config: SonaConfig, served: Served, fast: list[Fast]) -> Served:
+    """What would be served with the fast adapters merged, in slots of its own."""
+    if config.consolidation == "ensemble":
+        return _ensemble(m, config, served, fast)
+    u, v = _mean_factors(m, served.consolidated, fast)
+    done = consolidation.consolidate(
+        m.pool,
+        served.consolidated,
+        [adapter.slot for adapter in fast],
+        config.consolidation,
+        quality=[adapter.quality / adapter.pending for adapter in fast],
+        samples=[adapter.pending for adapter in fast],
+        base_samples=m.samples,
+        u=u,
+        v=v,
+    )
+    return Served(m.pool.add(done.A, done.B, done.scaling), {}, {}, served.members)
+
+
+def _mean_factors(m: Module, base: int, fast: list[Fast]) -> tuple[Array, Array]:
+    """u [slots, out] and v [slots, in]: a row of each slot that is merged."""
+    slots = 1 + max(base, *(adapter.slot for adapter in fast))
+    u = np.zeros((slots, m.out_features), np.float32)
+    v = np.zeros((slots, m.in_features), np.float32)
+    if m.fisher is not None:
+        u[base], v[base] = m.fisher
+    for adapter in fast:
+        np.divide(adapter.u, adapter.pending, out=u[adapter.slot])
+        np.divide(adapter.v, adapter.pending, out=v[adapter.slot])
+    return u, v
+
+
+def _low_rank_sum(
+    m: Module, base: int, slots: list[int], weights: list[float]
+) -> tuple[Array, Array]:
+    """D_0 + sum of weights_k D_k, cut to the rank: small sums only, in NumPy."""
+    first, *parts = (low_rank.Delta(*m.pool.get(slot)) for slot in (base, *slots))
+    merged = low_rank.svd_merge(first, parts, np.asarray(weights), m.rank, m.scaling)
+    return merged.A.astype(np.float32), merged.B.astype(np.float32)
+
+
+def _ensemble(m: Module, config: SonaConfig, served: Served, fast: list[Fast]) -> Served:
+    """The fast adapters as members; those of least quality, beyond ensemble_size, are merged."""
+    members = [*served.members, *(_member(adapter) for adapter in fast)]
+    members.sort(key=lambda member: member.quality, reverse=True)
+    kept, rest = members[: config.ensemble_size], members[config.ensemble_size :]
+    A, B, _ = m.pool.get(served.consolidated)
+    if rest:
+        weights = [1.0 / len(rest)] * len(rest)
+        A, B = _low_rank_sum(m, served.consolidated, [one.slot for one in rest], weights)
+    copies = [one._replace(slot=m.pool.add(*m.pool.get(one.slot))) for one in kept]
+    return Served(m.pool.add(A, B, m.scaling), {}, {}, tuple(copies))
+
+
+def _member(adapter: Fast) -> Member:
+    length = float(np.linalg.norm(adapter.inputs))
+    direction = adapter.inputs / length if length else adapter.inputs
+    return Member(adapter.slot, direction, adapter.quality / adapter.pending)
+
+
+def _gain(m: Module, before: Served, after: Served) -> float:
+    """The loss on held-out samples before minus after, of what a new session is served."""
+    x, target = m.held_out.samples()
+    if not len(x):
+        return float("nan")
+    stranger: Hashable = object()
+    losses = []
+    for served in (before, after):
+        gap = m.mixture(served, x, [stranger] * len(x), None) - target
+        losses.append(float(np.einsum("ij,ij->", gap, gap, dtype=np.float64)) / (2 * len(x)))
+    return losses[0] - losses[1]
+
+
+def _serve(m: Module, after: Served, fast: list[Fast]) -> None:
+    """Swaps the result in; what was served before stays for a rollback."""
+    n = sum(adapter.pending for adapter in fast)
+    u = np.sum([adapter.u for adapter in fast], 0) / n
+    v = np.sum([adapter.v for adapter in fast], 0) / n
+    with m.lock:
+        now = m.served
+        m.forget()
+        unmerged = {s: adapter for s, adapter in now.frozen.items() if not adapter.pending}
+        merged = {s: adapter for s, adapter in now.frozen.items() if adapter.pending}
+        m.previous = (now._replace(fast={}, frozen=merged), m.fisher, m.samples)
+        m.served = after._replace(fast=now.fast, frozen=unmerged)
+        m.take_fisher(u, v, n, after.consolidated)
+        _fold(m)
+
+
+def _drop(m: Module, after: Served, before: Served) -> None:
+    for slot in {*after.slots()} - {*before.slots()}:
+        m.pool.remove(slot)
+
+
+class Repeater:
+    """Calls a function every so often in a thread of its own, from start to stop."""
+
+    def __init__(self, call: Callable[[], Any], interval_ms: float) -> None:
+        self._call, self._seconds = call, interval_ms / 1e3
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        if self._thread is not None:
+            raise RuntimeError("Sona.start: expected none to run, got one that runs")
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run, name="sona-background", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stop.set()
+            thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            try:
+                self._call()
+            except Exception:  # serving and the next pass go on
+                log.exception("background: the pass failed; what is served is as it was")

@@ -1,0 +1,368 @@
+"""Sona: adapters that learn at three speeds, from requests, in the background and deeply.
+
+After the three loops of the RuvLLM fine-tuning guide. What a session is served is the
+consolidated adapter plus its own fast one; feedback changes the fast one at once; every
+``background_interval_ms`` the fast ones are merged into the consolidated one and forgotten;
+``deep_optimize`` trains the consolidated one on collected samples.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from time import monotonic, perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_engine import ops
+from lora_engine.adapters.config import MicroLoRAConfig
+from lora_engine.adapters.exploration import Explorer, checked_sigma
+from lora_engine.adapters.micro_lora import AdaptResult, MicroLoRA
+from lora_engine.learning import background, deep
+from lora_engine.learning.background import BackgroundResult
+from lora_engine.learning.deep import DeepResult
+from lora_engine.learning.feedback import Feedback
+from lora_engine.learning.sona_config import SonaConfig
+from lora_engine.learning.sona_module import Fast, Module
+from lora_engine.learning.training_samples import TrainingSample
+
+log = logging.getLogger(__name__)
+_new = tuple.__new__
+
+
+class SonaStats(NamedTuple):
+    """What a Sona did so far. pending_samples: applied, and seen by no consolidation yet.
+    accumulated_quality: of applied samples since the last deep run. skipped: how many
+    samples taught nothing, or count for no consolidation, by reason."""
+
+    instant_count: int
+    instant_avg_latency_us: float
+    background_count: int
+    background_rejected: int
+    deep_count: int
+    deep_rejected: int
+    pending_samples: int
+    accumulated_quality: float
+    skipped: dict[str, int]
+
+
+class _SessionView:
+    """A session as ``Feedback`` sees an adapter."""
+
+    def __init__(self, module: Module, session: Hashable, config: MicroLoRAConfig) -> None:
+        self.module, self.session, self.config = module, session, config
+
+    def forward(self, x: Any, module: str) -> Any:
+        return self.module.forward(x, self.session, None)
+
+
+class Sona:
+    """config: shapes, speeds, strategy. Arrays are NumPy's or CPU torch tensors, x [in] or
+    [n, in]. Sessions are named by anything hashable; None is one of them.
+
+    Safe to use from several threads. ``start`` runs the background pass in a thread of its
+    own; as a context manager a Sona stops it at the end.
+    """
+
+    def __init__(self, config: SonaConfig | None = None) -> None:
+        self.config = config = config or SonaConfig()
+        self._modules = {name: Module(name, config) for name in config.micro_lora.target_modules}
+        self._steps = {
+            name: ops.make_step(m.pool._backend, config.instant_lr, config.max_grad_norm, ewc=m.ewc)
+            for name, m in self._modules.items()
+        }
+        self._explorer = Explorer(config.micro_lora.seed)
+        self._lock = threading.Lock()  # of the counters
+        self._pass_lock = threading.Lock()  # one background or deep pass at a time
+        self._instants, self._seconds = 0, 0.0
+        self._pending, self._quality = 0, 0.0
+        self._counts: Counter[str] = Counter()
+        self._skipped: Counter[str] = Counter()
+        self._last_pass = monotonic()
+        self._thread = background.Repeater(self.maybe_background, config.background_interval_ms)
+
+    def __repr__(self) -> str:
+        return f"Sona({self.config.consolidation!r}, modules={list(self._modules)})"
+
+    def __enter__(self) -> Sona:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def _module(self, name: str | None) -> Module:
+        if name is None and len(self._modules) == 1:
+            return next(iter(self._modules.values()))
+        found = self._modules.get(name)  # type: ignore[arg-type]
+        if found is None:
+            known = ", ".join(self._modules)
+            raise ValueError(f"Sona: module: expected one of {known}, got {name!r}")
+        return found
+
+    # ---- serving ------------------------------------------------------------
+
+    def forward(
+        self,
+        x: Any,
+        module: str | None = None,
+        session: Hashable | list[Hashable] = None,
+        out: Any = None,
+        explore: float | None = None,
+        return_trace: bool = False,
+    ) -> Any:
+        """What is added to the frozen module's output: [out] or [n, out], in ``out`` if given.
+
+        session: whose; a list names one for each row. explore, return_trace: as
+        ``MicroLoRA.forward``. module may be left out where there is one.
+        Raises ValueError, TypeError.
+        """
+        m = self._module(module)
+        delta = self._forward(m, x, session, out)
+        if explore is None and not return_trace:
+            return delta
+        sigma = checked_sigma("Sona.forward", explore)
+        delta, trace = self._explorer.explore(delta, m.name, sigma)
+        if not return_trace:
+            return delta
+        self._explorer.take(m.name)
+        return delta, trace
+
+    def _forward(self, m: Module, x: Any, session: Any, out: Any) -> Any:
+        for _ in range(100):
+            served = m.served
+            try:
+                if isinstance(session, list):
+                    delta = m.forward_rows(x, session, out)
+                else:
+                    delta = m.forward(x, session, out)
+            except IndexError:
+                if m.served is served:
+                    raise
+                continue
+            if m.served is served:  # else slots may have been freed, and given to others
+                return delta
+        raise RuntimeError("Sona.forward: expected to end between two consolidations")
+
+    # ---- learning: at once ----------------------------------------------------
+
+    def instant_adapt(
+        self,
+        x: Any,
+        feedback: Feedback,
+        module: str | None = None,
+        session: Hashable = None,
+        quality: float | None = None,
+    ) -> AdaptResult:
+        """One step of the session's fast adapter, from feedback on what it was served for x.
+
+        quality in 0..1: what the sample counts for in consolidations; default that of the
+        feedback, else 1. Raises TypeError, ValueError; then nothing has changed.
+        """
+        start = perf_counter()
+        m = self._module(module)
+        q = _quality(feedback, quality)
+        with m.lock:
+            fast = m.served.fast.get(session) or m.fast_of(session)
+            grad, why = self._gradient(m, x, feedback, session, fast)
+            outcome, norm = ops.NO_ADAPTER, 0.0
+            if grad is not None:
+                observe = self._pending < self.config.max_pending_samples
+                held = self._held_out_target(m, x, grad, session) if observe else None
+                outcome, norm = m.adapt(x, grad, fast, self._steps[m.name], observe)
+                why = "" if outcome == ops.APPLIED else ops.NOTES[outcome]
+            if feedback.quality is not None:
+                fast.baseline.update(feedback.quality)
+            applied = outcome == ops.APPLIED
+            if applied:
+                self._applied(m, x, fast, q, observe, held)
+        latency = (perf_counter() - start) * 1e6
+        self._count(applied, why, latency)
+        return _new(AdaptResult, (applied, why, latency, norm))
+
+    def _gradient(
+        self, m: Module, x: Any, feedback: Feedback, session: Hashable, fast: Fast
+    ) -> tuple[Any, str]:
+        if feedback.gradient is not None:
+            return feedback.gradient, ""
+        view: Any = _SessionView(m, session, self.config.micro_lora)
+        if feedback.quality is None:
+            return feedback.output_gradient(view, x, m.name), ""
+        last = None
+        if feedback.trace is None and feedback.output is None:
+            last = self._explorer.take(m.name)
+        return feedback.quality_gradient(view, x, m.name, fast.baseline.value, last)
+
+    def _held_out_target(self, m: Module, x: Any, grad: Any, session: Hashable) -> Any:
+        """Where a step of 1 along the gradient would move the output, of every tenth sample."""
+        if self._instants % m.held_out.EVERY:
+            return None
+        return np.asarray(m.forward(x, session, None), np.float32) - np.asarray(grad, np.float32)
+
+    def _applied(self, m: Module, x: Any, fast: Fast, q: float, observe: bool, held: Any) -> None:
+        rows = x.shape[0] if x.ndim == 2 else 1
+        self._quality += q * rows
+        if not observe:
+            self._skipped["max_pending_samples are waiting: learned, left out of the merge"] += rows
+            return
+        if self.config.consolidation == "ensemble":
+            fast.inputs += np.asarray(x, np.float32).reshape(-1, m.in_features).sum(0)
+        fast.quality += q * rows
+        fast.pending += rows
+        self._pending += rows
+        if held is not None:
+            m.held_out.add(np.atleast_2d(np.asarray(x, np.float32)), np.atleast_2d(held))
+
+    def _count(self, applied: bool, why: str, latency: float) -> None:
+        with self._lock:
+            self._instants += 1
+            self._seconds += latency * 1e-6
+            if not applied:
+                self._skipped[why] += 1
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("instant: %s in %.1f us", "applied" if applied else why, latency)
+
+    # ---- learning: in the background -------------------------------------------
+
+    def maybe_background(self) -> BackgroundResult | None:
+        """The background pass, where it is due: the interval has passed and enough samples wait.
+
+        None where it is not.
+        """
+        waited = (monotonic() - self._last_pass) * 1e3
+        if waited < self.config.background_interval_ms:
+            return None
+        if self._pending < self.config.background_min_samples:
+            log.debug("background: %d samples wait, fewer than wanted", self._pending)
+            return None
+        return self.background()
+
+    def background(self) -> BackgroundResult:
+        """Merges every session's fast adapter into the consolidated one, now.
+
+        What is served changes in one step, and only where it is no worse than before on the
+        samples held out; else everything stays, and the result says so.
+        """
+        with self._pass_lock:
+            self._last_pass = monotonic()
+            results = [background.consolidate(m, self.config) for m in self._modules.values()]
+            done = background.together(results)
+            with self._lock:
+                self._counts["background" if done.applied else "background_rejected"] += 1
+            if done.applied:
+                self._pending = sum(
+                    fast.pending for m in self._modules.values() for fast in _adapters(m)
+                )
+        log.debug("background: %s", done)
+        return done
+
+    def rollback(self) -> bool:
+        """Brings back what was served before the last consolidation, once: False if none was."""
+        with self._pass_lock:
+            done = [background.rollback(m) for m in self._modules.values()]
+        log.debug("rollback: %s", done)
+        return any(done)
+
+    def start(self) -> None:
+        """Runs ``maybe_background`` in a thread, until ``stop``. RuntimeError if one runs."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread, after the pass that it is in."""
+        self._thread.stop()
+
+    # ---- learning: deeply --------------------------------------------------------
+
+    def should_trigger_deep(self) -> bool:
+        """Whether the summed quality of applied samples since the last deep run is enough."""
+        return self._quality >= self.config.deep_trigger_threshold
+
+    def deep_optimize(
+        self, samples: Sequence[TrainingSample], module: str | None = None
+    ) -> DeepResult:
+        """Trains the consolidated adapter of a module toward the samples' output_embedding.
+
+        Samples below ``quality_threshold`` are left out, the others count by their quality
+        (L = mean of q/2 ‖delta - output_embedding‖²), EWC holds what is consolidated, and a
+        fifth of them is held out: a result that is worse on those is dropped, and said so.
+        Raises TypeError, ValueError (shapes, NaN, quality outside 0..1), before anything changes.
+        """
+        m = self._module(module)
+        with self._pass_lock:
+            result = deep.optimize(m, self.config, samples)
+            with self._lock:
+                self._counts["deep" if result.applied else "deep_rejected"] += 1
+                self._quality = 0.0
+        log.debug("deep: %s", result)
+        return result
+
+    # ---- what it did, what it holds -------------------------------------------------
+
+    def stats(self) -> SonaStats:
+        """Counts since the Sona was made, as they are now."""
+        with self._lock:
+            mean = self._seconds / self._instants * 1e6 if self._instants else 0.0
+            return SonaStats(
+                self._instants, mean, self._counts["background"],
+                self._counts["background_rejected"], self._counts["deep"],
+                self._counts["deep_rejected"], self._pending, self._quality, dict(self._skipped),
+            )  # fmt: skip
+
+    def consolidated(self) -> MicroLoRA:
+        """A copy of the consolidated adapters, to save or serve elsewhere."""
+        lora = MicroLoRA(self.config.micro_lora)
+        for name, m in self._modules.items():
+            A, B, _ = m.pool.get(m.served.consolidated)
+            lora.set_weights(name, A, B)
+        return lora
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """The consolidated adapters as a PEFT folder; what sessions have learned since the last
+        consolidation is not in it."""
+        self.consolidated().save(folder)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Serves the adapters of a folder as the consolidated ones; sessions begin anew.
+
+        Raises FormatError, and ValueError where its modules, shapes or rank are others than
+        the config's; then nothing has changed.
+        """
+        loaded = MicroLoRA.load(folder)
+        weights = {}
+        for name, m in self._modules.items():
+            A, B, scaling = loaded.weights(name)
+            if A.shape != m.A.shape or B.shape != m.B.shape:
+                raise ValueError(
+                    f"Sona.load: {name}: expected A {m.A.shape} and B {m.B.shape},"
+                    f" got {A.shape} and {B.shape}"
+                )
+            weights[name] = (A, B * np.float32(scaling / m.scaling))
+        with self._pass_lock:
+            for name, m in self._modules.items():
+                background.replace(m, *weights[name])
+            self._pending = 0
+
+
+def _adapters(m: Module) -> list[Fast]:
+    return [*m.served.fast.values(), *m.served.frozen.values()]
+
+
+def _quality(feedback: Any, quality: Any) -> float:
+    """What a sample counts for; raises TypeError, ValueError."""
+    if not isinstance(feedback, Feedback):
+        got = type(feedback).__name__
+        raise TypeError(f"Sona.instant_adapt: feedback: expected a Feedback, got {got}")
+    if quality is None:
+        return 1.0 if feedback.quality is None else float(feedback.quality.mean())
+    try:
+        q = float(quality)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"Sona.instant_adapt: quality: expected a number, got {quality!r}"
+        ) from None
+    if not 0.0 <= q <= 1.0:
+        raise ValueError(f"Sona.instant_adapt: quality: expected a number in 0..1, got {q}")
+    return q

@@ -1,0 +1,216 @@
+"""What Sona keeps of one target module: the consolidated adapter and the sessions' fast ones.
+
+What a request reads is one object, ``Served``, that is never changed but replaced: a request
+sees the adapters of before a consolidation or those of after it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Hashable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_engine import ops
+from lora_engine.adapters.exploration import Baseline
+from lora_engine.adapters.pool import AdapterPool
+from lora_engine.learning import consolidation
+from lora_engine.learning.ewc import EWC
+from lora_engine.learning.fisher_merge import merge_factors
+from lora_engine.learning.sona_config import SonaConfig
+
+Array = np.ndarray
+
+
+class Fast:
+    """A session's adapter, and what was seen of the samples that taught it."""
+
+    __slots__ = ("baseline", "inputs", "pending", "quality", "slot", "u", "v")
+
+    def __init__(self, slot: int, in_features: int, out_features: int, baseline: Baseline) -> None:
+        self.slot = slot
+        self.baseline = baseline
+        self.u = np.zeros(out_features, np.float32)  # sum of grad²
+        self.v = np.zeros(in_features, np.float32)  # sum of x²
+        self.inputs = np.zeros(in_features, np.float32)  # sum of x, where it is asked for
+        self.quality = 0.0  # sum over samples
+        self.pending = 0  # samples that no consolidation has seen
+
+
+class Member(NamedTuple):
+    """An adapter that "ensemble" keeps, with the direction of its mean input."""
+
+    slot: int
+    direction: Array
+    quality: float
+
+
+class Served(NamedTuple):
+    """consolidated: a slot. fast, frozen: a session's adapters; a frozen one is being merged,
+    and served beside the fast one until it is."""
+
+    consolidated: int
+    fast: dict[Hashable, Fast]
+    frozen: dict[Hashable, Fast]
+    members: tuple[Member, ...] = ()
+
+    def shared(self) -> list[int]:
+        """Slots of no single session."""
+        return [self.consolidated, *(member.slot for member in self.members)]
+
+    def slots(self) -> list[int]:
+        """All of them."""
+        own = (fast.slot for adapters in (self.fast, self.frozen) for fast in adapters.values())
+        return [*self.shared(), *own]
+
+    def slots_of(self, session: Hashable) -> list[int]:
+        """Of what a session's rows add up, without the members."""
+        slots = [self.consolidated]
+        for adapters in (self.frozen, self.fast):
+            fast = adapters.get(session)
+            if fast is not None:
+                slots.append(fast.slot)
+        return slots
+
+
+class HeldOut:
+    """The last few of every tenth sample: inputs, and where a step of 1 would move the output."""
+
+    EVERY = 10
+
+    def __init__(self, size: int, in_features: int, out_features: int) -> None:
+        self.x = np.zeros((size, in_features), np.float32)
+        self.target = np.zeros((size, out_features), np.float32)
+        self.count = 0
+
+    def add(self, x: Array, target: Array) -> None:
+        """x [n, in], target [n, out]."""
+        for row, wanted in zip(x, target, strict=True):
+            at = self.count % len(self.x)
+            self.x[at], self.target[at] = row, wanted
+            self.count += 1
+
+    def samples(self) -> tuple[Array, Array]:
+        """x [n, in] and targets [n, out] of what is held."""
+        n = min(self.count, len(self.x))
+        return self.x[:n].copy(), self.target[:n].copy()
+
+
+class Module:
+    """One target module. ``lock`` is held by whoever changes an adapter or ``served``."""
+
+    def __init__(self, name: str, config: SonaConfig) -> None:
+        self.name = name
+        micro = config.micro_lora
+        self.in_features, self.out_features = micro.shape(name)
+        self.scaling, self.rank = micro.scaling, micro.rank
+        self.pool = AdapterPool(self.in_features, self.out_features, seed=micro.seed)
+        self.storage = self.pool._storage
+        self.gamma = config.ewc_gamma
+        held = config.ewc_lambda > 0
+        self.ewc = EWC(self.pool, config.ewc_lambda, form="delta") if held else None
+        self.lock = threading.Lock()
+        rng = np.random.default_rng([micro.seed, *name.encode()])
+        bound = 1.0 / math.sqrt(self.in_features)
+        drawn = rng.uniform(-bound, bound, (self.rank, self.in_features))
+        self.A = drawn.astype(np.float32)  # of every fresh adapter
+        self.B = np.zeros((self.out_features, self.rank), np.float32)
+        self.fisher: tuple[Array, Array] | None = None  # u* [out], v* [in], means over samples
+        self.samples = 0.0  # that it stands for, gamma of them kept at each consolidation
+        self.held_out = HeldOut(config.held_out, self.in_features, self.out_features)
+        self.served = Served(self.pool.add(self.A, self.B, self.scaling), {}, {})
+        self.baselines: dict[Hashable, Baseline] = {}
+        # What was served, the Fisher information and its samples, before the last consolidation.
+        self.previous: tuple[Served, tuple[Array, Array] | None, float] | None = None
+
+    # ---- serving ----
+
+    def forward(self, x: Any, session: Hashable, out: Any) -> Any:
+        served = self.served
+        slots = served.slots_of(session)
+        if len(slots) == 1 and not served.members:
+            return self.storage.forward_slot(x, slots[0], out, False, False, self.out_features)
+        return self.mixture(served, x, [session] * _rows(x), out)
+
+    def forward_rows(self, x: Any, sessions: Iterable[Hashable], out: Any) -> Any:
+        return self.mixture(self.served, x, list(sessions), out)
+
+    def mixture(self, served: Served, x: Any, sessions: list[Hashable], out: Any) -> Any:
+        """What the sessions, one a row, are served."""
+        if len(sessions) != _rows(x):
+            raise ValueError(
+                f"Sona.forward: session: expected one for each of {_rows(x)} rows,"
+                f" got {len(sessions)}"
+            )
+        own = [served.slots_of(session) for session in sessions]
+        ids = np.full((len(own), 3 + len(served.members)), -1, np.int32)
+        for row, slots in zip(ids, own, strict=True):
+            row[: len(slots)] = slots
+        weights = None
+        if served.members:
+            weights = np.ones(ids.shape, np.float32)
+            kept = [member.slot for member in served.members]
+            means = np.stack([member.direction for member in served.members])
+            rows = np.asarray(x, np.float32)
+            _, mixed = consolidation.ensemble(rows, served.consolidated, kept, means)
+            ids[:, 3:], weights[:, 3:] = kept, mixed[:, 1:]
+        if not isinstance(x, np.ndarray) and hasattr(x, "new_tensor"):
+            ids = x.new_tensor(ids, dtype=None).int()
+            weights = None if weights is None else x.new_tensor(weights).float()
+        return self.storage.forward(x, ids, weights, out, False)
+
+    # ---- learning ----
+
+    def fast_of(self, session: Hashable) -> Fast:
+        """The adapter that a session's feedback changes; the lock is held."""
+        fast = self.served.fast.get(session)
+        if fast is None:
+            baseline = self.baselines.setdefault(session, Baseline())
+            slot = self.pool.add(self.A, self.B, self.scaling)
+            self.hold(slot, self.A)
+            fast = Fast(slot, self.in_features, self.out_features, baseline)
+            self.served.fast[session] = fast
+        return fast
+
+    def hold(self, slot: int, A: Array) -> None:
+        """Has the penalty hold a session's adapter near adding nothing to what is served."""
+        if self.ewc is not None and self.fisher is not None:
+            u, v = self.fisher
+            nothing = np.zeros((self.out_features, len(A)), np.float32)
+            self.ewc._storage.restore(slot, [u], [v], [A], [nothing])
+
+    def take_fisher(self, u: Array, v: Array, samples: int, slot: int) -> None:
+        """Adds the mean factors of a task's samples to the Fisher information, and anchors the
+        consolidated adapter where it is now; the lock is held."""
+        old = None if self.fisher is None else tuple([part] for part in self.fisher)
+        joined = merge_factors(old, ([u], [v]), self.gamma)  # type: ignore[arg-type]
+        self.fisher = (joined[0][0], joined[1][0])
+        self.samples = self.gamma * self.samples + samples
+        if self.ewc is not None:
+            self.ewc.set(slot, *self.fisher)
+
+    def adapt(self, x: Any, grad: Any, fast: Fast, step: Any, observe: bool) -> tuple[int, float]:
+        """A step of a session's adapter; observe: the sample counts for the next merge."""
+        outcome, norm = self.storage.adapt_slot(x, grad, fast.slot, step)
+        if outcome == ops.APPLIED and observe:
+            backend = self.pool._backend
+            if _rows(x) == 1:  # the same sums, in a sixth of the time of the op for batches
+                backend.fisher_accumulate(fast.u, grad.reshape(-1), 1.0, 1.0)
+                backend.fisher_accumulate(fast.v, x.reshape(-1), 1.0, 1.0)
+            else:
+                backend.lora_fisher_factors(x, grad, (fast.u, fast.v))
+        return outcome, norm
+
+    def forget(self) -> None:
+        """Frees what was kept for a rollback; the lock is held."""
+        if self.previous is None:
+            return
+        for slot in {*self.previous[0].slots()} - {*self.served.slots()}:
+            self.pool.remove(slot)
+        self.previous = None
+
+
+def _rows(x: Any) -> int:
+    return x.shape[0] if x.ndim == 2 else 1
