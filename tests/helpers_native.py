@@ -1,4 +1,4 @@
-"""What the tests of the C library share: CMake and compilers, a library installed without Python."""
+"""What the tests of the C library share: CMake, compilers, an installed library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 def tool(name: str) -> str:
     """A program that pip installed beside this Python, or one on PATH."""
-    found = shutil.which(name, path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}")
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    found = shutil.which(name, path=path)
     if found is None:
         pytest.fail(f"{name} is not installed")
     return found

@@ -140,7 +140,7 @@ def test_exactly_the_header_is_exported(where, request):
 def test_the_header_alone_is_clean(option):
     header = ROOT / "csrc" / "include" / "lora_engine.h"
     code = f"#include <{header}>\n"
-    strict = "-pedantic -Wall -Wextra -Wstrict-prototypes -Werror -fsyntax-only".split()
+    strict = ["-pedantic", "-Wall", "-Wextra", "-Wstrict-prototypes", "-Werror", "-fsyntax-only"]
     if "c++" in option:
         strict.remove("-Wstrict-prototypes")
     language = [] if "c++" in option else ["-x", "c"]
@@ -157,5 +157,3 @@ def test_the_locator_asks_what_for(capsys):
         main([])
     assert exit.value.code == 2
     assert "expected --include-dir, --cmake-dir or --libs" in capsys.readouterr().err
-
-
