@@ -217,10 +217,7 @@ class MicroLoRA:
         """Learns from a quality, then updates the module's baseline."""
         start = perf_counter()
         step = self._quality_step_of(m, lr, ewc)
-        last = None
-        if feedback.trace is None and feedback.output is None:
-            last = self._explorer.take(module)
-        grad, why = feedback.quality_gradient(self, x, module, m.baseline.value, last)
+        grad, why = self._quality_gradient(x, feedback, module, m)
         if grad is None:
             outcome, norm = ops.NO_ADAPTER, 0.0
         else:
@@ -228,6 +225,15 @@ class MicroLoRA:
             why = ops.NOTES[outcome]
         m.baseline.update(feedback.quality)
         return AdaptResult(outcome == _APPLIED, why, (perf_counter() - start) * 1e6, norm)
+
+    def _quality_gradient(
+        self, x: Any, feedback: Feedback, module: str, m: _Module
+    ) -> tuple[Any, str]:
+        """dL/dy and "", or None and why: with this thread's last trace where nothing was given."""
+        last = None
+        if feedback.trace is None and feedback.output is None:
+            last = self._explorer.take(module)
+        return feedback.quality_gradient(self, x, module, m.baseline.value, last)
 
     def _take_gradient(
         self, x: Any, grad: Any, m: _Module, lr: float | None, step: Any
@@ -347,11 +353,14 @@ class MicroLoRA:
         else it holds is kept; PEFT ignores the state file. Raises OSError, and
         ValueError for the working folder, which cannot be replaced.
         """
+        _files().save(folder, self._content())
+
+    def _content(self) -> Any:
+        """What a folder of it holds."""
         steps = {name: m.steps for name, m in self._modules.items()}
         baselines = {name: m.baseline.value for name, m in self._modules.items()}
         known = {name: value for name, value in baselines.items() if value is not None}
-        content = _files().Folder(self.config, self._tensors(), steps, known, self._peft_config)
-        _files().save(folder, content)
+        return _files().Folder(self.config, self._tensors(), steps, known, self._peft_config, {})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> MicroLoRA:
@@ -361,9 +370,13 @@ class MicroLoRA:
         FileNotFoundError. A state file that belongs to other weights is dropped
         with a warning.
         """
-        content = _files().load(folder)
+        return cls._of(_files().load(folder), os.fspath(folder))
+
+    @classmethod
+    def _of(cls, content: Any, source: str) -> MicroLoRA:
+        """Of a folder's content."""
         lora = cls(content.config)
-        lora._set_tensors(content.tensors, os.fspath(folder))
+        lora._set_tensors(content.tensors, source)
         lora._peft_config = content.peft_config
         for name, m in lora._modules.items():
             m.steps = content.steps.get(name, 0)

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 
 from lora_engine import atomic
 from lora_engine.adapters.config import MAX_FLOAT, MicroLoRAConfig
+from lora_engine.adapters.exploration import is_quality
 from lora_engine.errors import FormatError
 from lora_engine.safetensors_file import read_header, read_json, read_tensor, short
 
@@ -33,7 +35,8 @@ MAX_JSON = 1 << 20
 MAX_RANK = 65536
 
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64}
+_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64,
+                           "U8": np.uint8}  # fmt: skip
 
 Tensors = dict[str, np.ndarray]
 
@@ -179,10 +182,19 @@ class Folder(NamedTuple):
     steps: dict[str, int]  # adapts of each module
     baselines: dict[str, float]  # the mean quality of each module, where there is one
     peft_config: dict[str, Any]  # as read, with keys the engine has no use for
+    beside: dict[str, bytes]  # the other files that were asked for
 
 
-def save(folder: str | os.PathLike[str], content: Folder) -> None:
-    """Replaces the folder whole; other files in it are kept."""
+def digest(tensors: Tensors) -> str:
+    """Of the weights, as their file has them."""
+    return hashlib.sha256(to_bytes(tensors)).hexdigest()
+
+
+def save(
+    folder: str | os.PathLike[str], content: Folder, beside: Mapping[str, bytes] | None = None
+) -> None:
+    """Replaces the folder whole, with these files beside; other files in it are kept."""
+    beside = beside or {}
     config = content.config
     weights = to_bytes(content.tensors)
     text = json.dumps(_peft_config(config, content.peft_config), indent=2) + "\n"
@@ -198,8 +210,10 @@ def save(folder: str | os.PathLike[str], content: Folder) -> None:
         atomic.write_file(to / CONFIG_FILE, text.encode())
         atomic.write_file(to / WEIGHTS_FILE, weights)
         atomic.write_file(to / STATE_FILE, to_bytes(state, STATE_KEY, json.dumps(own)))
+        for name, data in beside.items():
+            atomic.write_file(to / name, data)
 
-    atomic.replace_folder(Path(folder), write, FILES)
+    atomic.replace_folder(Path(folder), write, FILES | beside.keys())
 
 
 def _read_config(source: str, data: bytes) -> dict[str, Any]:
@@ -293,7 +307,7 @@ def _read_baselines(source: str, own: dict[str, Any]) -> dict[str, float]:
     if not isinstance(found, dict):
         raise FormatError(f"{source}: baselines: expected an object, got {short(repr(found))}")
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if not is_quality(value):
             raise FormatError(
                 f"{source}: baselines: {short(name)}: expected a number in 0..1,"
                 f" got {short(repr(value))}"
@@ -301,13 +315,14 @@ def _read_baselines(source: str, own: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def load(folder: str | os.PathLike[str]) -> Folder:
-    """What an adapter folder of one rank holds.
+def load(folder: str | os.PathLike[str], beside: Iterable[str] = ()) -> Folder:
+    """What an adapter folder of one rank holds, and those of the files ``beside`` that are there.
 
     Raises FormatError naming file and key, FileNotFoundError.
     """
     path = Path(os.path.realpath(folder))
-    files = atomic.read_files(path, {CONFIG_FILE: MAX_JSON, WEIGHTS_FILE: None, STATE_FILE: None})
+    limits = {CONFIG_FILE: MAX_JSON, WEIGHTS_FILE: None, STATE_FILE: None}
+    files = atomic.read_files(path, {**limits, **dict.fromkeys(beside)})
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if name not in files:
             raise FileNotFoundError(f"{path / name}: expected an adapter folder's file, got none")
@@ -323,4 +338,5 @@ def load(folder: str | os.PathLike[str]) -> Folder:
         state = files[STATE_FILE]
         source = str(path / STATE_FILE)
         config, steps, baselines = _read_state(source, state, files[WEIGHTS_FILE], config)
-    return Folder(config, tensors, steps, baselines, raw)
+    others = {name: data for name, data in files.items() if name not in FILES}
+    return Folder(config, tensors, steps, baselines, raw, others)
