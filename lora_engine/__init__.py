@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from lora_engine.learning.task_boundary import TaskBoundary
     from lora_engine.learning.training_config import TrainingConfig
     from lora_engine.learning.training_samples import TrainingSample
+    from lora_engine.quant.linear import NF4Linear
+    from lora_engine.quant.load import load_quantized
+    from lora_engine.quant.model import quantize
     from lora_engine.quant.nf4 import NF4Tensor
 
 __version__ = "0.1.0"
@@ -53,6 +56,7 @@ __all__ = [
     "FormatError",
     "MicroLoRA",
     "MicroLoRAConfig",
+    "NF4Linear",
     "NF4Tensor",
     "Sona",
     "SonaConfig",
@@ -66,18 +70,21 @@ __all__ = [
     "ewc_step",
     "fisher_accumulate",
     "get_num_threads",
+    "load_quantized",
     "lora_delta",
     "lora_fisher",
     "lora_fisher_factors",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
+    "quantize",
     "set_num_threads",
 ]
 
 
 _AT_FIRST_USE = {
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
+    "NF4Linear": "lora_engine.quant.linear",
     "NF4Tensor": "lora_engine.quant.nf4",
     "Sona": "lora_engine.learning.sona",
     "SonaConfig": "lora_engine.learning.sona_config",
@@ -85,6 +92,8 @@ _AT_FIRST_USE = {
     "TrainingConfig": "lora_engine.learning.training_config",
     "TrainingPipeline": "lora_engine.learning.pipeline",
     "TrainingSample": "lora_engine.learning.training_samples",
+    "load_quantized": "lora_engine.quant.load",
+    "quantize": "lora_engine.quant.model",
 }
 
 
