@@ -167,7 +167,7 @@ def scalings(adapter: Adapter) -> Scalings:
     ranks = {path: w.A.shape[0] for path, w in weights.items()}
     raw = adapter.peft_config
     use_rslora = bool(raw.get("use_rslora", False))
-    if raw:
+    if "r" in raw:
         kept = PeftConfig({**raw, "peft_type": "LORA"}, "peft_config")
         fits = (
             kept.rank_of(path) == ranks[path] and kept.scaling_of(path) == w.scaling
