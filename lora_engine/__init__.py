@@ -33,6 +33,9 @@ from lora_engine.ops import (
 )
 
 if TYPE_CHECKING:
+    from lora_engine.adapters.adapter import Adapter
+    from lora_engine.adapters.compose import compose_parallel, compose_sequential
+    from lora_engine.adapters.merge import merge_adapters
     from lora_engine.learning.feedback_buffer import FeedbackBuffer
     from lora_engine.learning.pipeline import TrainingPipeline
     from lora_engine.learning.sona import Sona
@@ -65,12 +68,15 @@ __all__ = [
     "backends",
     "batched_adapt",
     "batched_lora_delta",
+    "compose_parallel",
+    "compose_sequential",
     "ewc_step",
     "fisher_accumulate",
     "get_num_threads",
     "lora_delta",
     "lora_fisher",
     "lora_fisher_factors",
+    "merge_adapters",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
@@ -79,6 +85,7 @@ __all__ = [
 
 
 _AT_FIRST_USE = {
+    "Adapter": "lora_engine.adapters.adapter",
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
     "NF4Tensor": "lora_engine.quant.nf4",
     "Sona": "lora_engine.learning.sona",
@@ -87,6 +94,9 @@ _AT_FIRST_USE = {
     "TrainingConfig": "lora_engine.learning.training_config",
     "TrainingPipeline": "lora_engine.learning.pipeline",
     "TrainingSample": "lora_engine.learning.training_samples",
+    "compose_parallel": "lora_engine.adapters.compose",
+    "compose_sequential": "lora_engine.adapters.compose",
+    "merge_adapters": "lora_engine.adapters.merge",
 }
 
 
