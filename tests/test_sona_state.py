@@ -13,8 +13,7 @@ from helpers_files import WEIGHTS, check_refusal
 from helpers_sona import IN, OUT, config, module, row, samples_of, served, taught
 
 import lora_engine as le
-from lora_engine import atomic
-from lora_engine.adapters import peft_format
+from lora_engine import atomic, safetensors_file
 from lora_engine.learning import checkpoint, consolidation, sona_state
 
 FILE = sona_state.FILE
@@ -207,7 +206,7 @@ def refused(kind, text, folder, sona=None):
 
 def rewritten(folder, tensors=None, sessions=None, **state):
     """The folder's file with changes, and a digest that fits them."""
-    held, metadata = peft_format.from_bytes((folder / FILE).read_bytes(), "test")
+    held, metadata = safetensors_file.from_bytes((folder / FILE).read_bytes(), "test")
     if sessions is not None:
         held["sessions"] = np.frombuffer(json.dumps({"q": sessions}).encode(), np.uint8)
     for name, value in (tensors or {}).items():
@@ -215,7 +214,7 @@ def rewritten(folder, tensors=None, sessions=None, **state):
     held = {name: value for name, value in held.items() if value is not None}
     whole = {**json.loads(metadata[sona_state.KEY]), **state}
     whole["sha256"] = state.get("sha256", checkpoint.content_digest(held, whole))
-    data = peft_format.to_bytes(held, sona_state.KEY, json.dumps(whole))
+    data = safetensors_file.to_bytes(held, sona_state.KEY, json.dumps(whole))
     (folder / FILE).write_bytes(data)
 
 

@@ -14,19 +14,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from numbers import Integral
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lora_engine.adapters import peft_format
+from lora_engine.adapters import micro_folder, peft_format
 from lora_engine.adapters.exploration import Baseline, Noise, checked_noise
 from lora_engine.adapters.micro_lora import MicroLoRA
 from lora_engine.errors import FormatError
 from lora_engine.learning.background import JOINED_RANKS
 from lora_engine.learning.checkpoint import check_configs, content_digest, object_of
 from lora_engine.learning.sona_module import Array, Fast, Member, Module, Served
-from lora_engine.safetensors_file import is_count, read_json, short
+from lora_engine.safetensors_file import from_bytes, is_count, read_json, short, to_bytes
 
 if TYPE_CHECKING:
     from lora_engine.learning.sona import Sona
@@ -139,7 +138,7 @@ def save(sona: Sona, folder: str | os.PathLike[str]) -> None:
         locks.enter_context(sona._pass_lock)
         for m in sona._modules.values():
             locks.enter_context(m.lock)
-        content = sona.consolidated()._content()
+        lora = sona.consolidated()
         tensors: Tensors = {}
         sessions: State = {}
         for name, m in sona._modules.items():
@@ -158,11 +157,10 @@ def save(sona: Sona, folder: str | os.PathLike[str]) -> None:
         "sums": sums,
         "skipped": skipped,
         "exploration": noise,
-        "weights_sha256": peft_format.digest(content.tensors),
+        "weights_sha256": peft_format.digest(lora.export_weights()),
     }
     state["sha256"] = content_digest(tensors, state)
-    data = peft_format.to_bytes(tensors, KEY, json.dumps(state))
-    peft_format.save(folder, content, {FILE: data})
+    lora._save_with(folder, {FILE: to_bytes(tensors, KEY, json.dumps(state))})
 
 
 # ---- reading ----------------------------------------------------------------
@@ -179,12 +177,11 @@ class _Kept(NamedTuple):
 
 def load(sona: Sona, folder: str | os.PathLike[str]) -> None:
     """``Sona.load``."""
-    content = peft_format.load(folder, (FILE,))
-    weights = _weights(sona, MicroLoRA._of(content, os.fspath(folder)))
-    kept = None
-    if FILE in content.beside:
-        source = str(Path(os.path.realpath(folder)) / FILE)
-        kept = _read(sona, source, content.beside[FILE], peft_format.digest(content.tensors))
+    files = peft_format.read_folder(folder, (FILE,))
+    adapter, config, _ = micro_folder.load(files)
+    weights, kept = _weights(sona, MicroLoRA._holding(adapter, config)), None
+    if FILE in files.beside:
+        kept = _read(sona, files)
     with sona._pass_lock:
         for name, m in sona._modules.items():
             _restore(m, *weights[name], kept)
@@ -205,9 +202,10 @@ def _weights(sona: Sona, loaded: MicroLoRA) -> dict[str, tuple[Array, Array]]:
     return weights
 
 
-def _read(sona: Sona, source: str, data: bytes, weights: str) -> _Kept | None:
+def _read(sona: Sona, files: peft_format.Folder) -> _Kept | None:
     """The checked content of a file; None, with a warning, where it is of other weights."""
-    tensors, metadata = peft_format.from_bytes(data, source)
+    source = str(files.path / FILE)
+    tensors, metadata = from_bytes(files.beside[FILE], source)
     state = read_json(metadata.get(KEY, "").encode(), f"{source}: {KEY}")
 
     def bad(key: str, expected: str) -> FormatError:
@@ -215,7 +213,7 @@ def _read(sona: Sona, source: str, data: bytes, weights: str) -> _Kept | None:
 
     if state.get("format") != FORMAT:
         raise bad("format", f"{FORMAT}, got {short(repr(state.get('format')))}")
-    if state.get("weights_sha256") != weights:
+    if state.get("weights_sha256") != peft_format.digest(files.weights):
         warnings.warn(f"engine state dropped: {source}: it belongs to other weights", stacklevel=4)
         return None
     if state.get("sha256") != content_digest(tensors, state):
