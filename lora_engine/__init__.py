@@ -12,7 +12,7 @@ from lora_engine.adapters.config import MicroLoRAConfig
 from lora_engine.adapters.micro_lora import AdaptResult, MicroLoRA
 from lora_engine.adapters.pool import AdapterPool
 from lora_engine.backends import backends
-from lora_engine.errors import FormatError
+from lora_engine.errors import FormatError, StoreLocked
 from lora_engine.learning.ewc import EWC
 from lora_engine.learning.feedback import Feedback
 from lora_engine.ops import (
@@ -32,6 +32,7 @@ from lora_engine.ops import (
 )
 
 if TYPE_CHECKING:
+    from lora_engine.adapters.store import AdapterStore
     from lora_engine.learning.feedback_buffer import FeedbackBuffer
     from lora_engine.learning.pipeline import TrainingPipeline
     from lora_engine.learning.sona import Sona
@@ -47,6 +48,7 @@ __all__ = [
     "EWC",
     "AdaptResult",
     "AdapterPool",
+    "AdapterStore",
     "BatchedAdaptResult",
     "Feedback",
     "FeedbackBuffer",
@@ -56,6 +58,7 @@ __all__ = [
     "NF4Tensor",
     "Sona",
     "SonaConfig",
+    "StoreLocked",
     "TaskBoundary",
     "TrainingConfig",
     "TrainingPipeline",
@@ -77,6 +80,7 @@ __all__ = [
 
 
 _AT_FIRST_USE = {
+    "AdapterStore": "lora_engine.adapters.store",
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
     "NF4Tensor": "lora_engine.quant.nf4",
     "Sona": "lora_engine.learning.sona",

@@ -230,6 +230,28 @@ def _copy(old: BinaryIO, entry: Entry, new: BinaryIO, source: str) -> None:
         left -= len(data)
 
 
+def _layout(
+    metadata: Mapping[str, str], content: Mapping[str, Entry | Raw]
+) -> tuple[bytes, list[str]]:
+    """What a file begins with, and the order of the tensors after it."""
+    order = sorted(content, key=lambda name: (_ORDER[content[name].dtype], name.encode()))
+    listing: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name in order:
+        dtype, shape, end = content[name].dtype, content[name].shape, at + content[name].nbytes
+        listing[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(listing, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, order
+
+
+def pack(metadata: Mapping[str, str], tensors: Mapping[str, Raw]) -> tuple[bytes, list[bytes]]:
+    """A file as (what it begins with, the data of each tensor in their order)."""
+    head, order = _layout(metadata, tensors)
+    return head, [tensors[name].data.tobytes() for name in order]
+
+
 def update_file(
     path: str | os.PathLike[str], tensors: Mapping[str, Raw], drop: Collection[str] = ()
 ) -> None:
@@ -247,18 +269,10 @@ def update_file(
             header = read_header(old, str(path))
         kept = {name: entry for name, entry in header.entries.items() if name not in drop}
         content: dict[str, Entry | Raw] = {**kept, **tensors}
-        order = sorted(content, key=lambda name: (_ORDER[content[name].dtype], name.encode()))
-        listing: dict[str, Any] = {"__metadata__": header.metadata} if header.metadata else {}
-        at = 0
-        for name in order:
-            dtype, shape, end = content[name].dtype, content[name].shape, at + content[name].nbytes
-            listing[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
-            at = end
-        text = json.dumps(listing, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-        text += b" " * (-len(text) % 8)
+        head, order = _layout(header.metadata, content)
 
         def write(new: BinaryIO) -> None:
-            new.write(struct.pack("<Q", len(text)) + text)
+            new.write(head)
             for name in order:
                 tensor = content[name]
                 if isinstance(tensor, Raw):
