@@ -207,7 +207,7 @@ def read_tensor(file: BinaryIO, entry: Entry, source: str) -> Raw:
     return Raw(entry.dtype, entry.shape, np.frombuffer(data, np.uint8))
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: str | Path) -> BinaryIO:
     """Opens a plain file. Raises FormatError for a pipe or a folder, OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # no wait for a pipe
     if not stat.S_ISREG(os.fstat(handle).st_mode):

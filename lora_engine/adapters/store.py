@@ -80,6 +80,7 @@ class AdapterStore:
         self.pool = AdapterPool(
             in_features, out_features, dtype, device, resident, max_rank, seed=seed
         )
+        self._adapters = os.fspath(self.folder / _ADAPTERS)
         self.damaged: dict[str, str] = {}
         self._shape = Shape(self.pool.in_features, self.pool.slices, self.pool.dtype)
         self._residents = Residents(self.pool, resident)
@@ -154,7 +155,7 @@ class AdapterStore:
 
         Raises RuntimeError where a batch uses it, OSError.
         """
-        path = self._path(store_file.user_hash(user))
+        path = Path(self._path(store_file.user_hash(user)))
         with self._alone_with(user):
             there = self._residents.remove(user)
             if path.exists():
@@ -176,8 +177,8 @@ class AdapterStore:
 
     # ---- bringing in ----
 
-    def _path(self, hashed: bytes) -> Path:
-        return store_file.path_of(self.folder / _ADAPTERS, hashed)
+    def _path(self, hashed: bytes) -> str:
+        return store_file.path_of(self._adapters, hashed)
 
     @contextmanager
     def _alone_with(self, user: str) -> Iterator[None]:
@@ -218,9 +219,9 @@ class AdapterStore:
                 stored = self._fresh(hashed)
             return self._admit(user, path, stored, pins)
 
-    def _read(self, user: str, path: Path) -> Stored | None:
+    def _read(self, user: str, path: str) -> Stored | None:
         data = store_file.read(path)
-        return None if data is None else store_file.decode(data, user, self._shape, str(path))
+        return None if data is None else store_file.decode(data, user, self._shape, path)
 
     def _fresh(self, hashed: bytes) -> Stored:
         rng = np.random.default_rng(int.from_bytes(hashed, "little"))
@@ -229,7 +230,7 @@ class AdapterStore:
         A, B = map(list, zip(*pairs, strict=True))
         return Stored(A, B, self.scaling, {})
 
-    def _admit(self, user: str, path: Path, stored: Stored, pins: int) -> Resident:
+    def _admit(self, user: str, path: str, stored: Stored, pins: int) -> Resident:
         residents = self._residents
         while True:
             with residents.lock:
@@ -331,9 +332,7 @@ def _check_settings(folder: Path, shape: Shape) -> None:
             data = opened.read(_MAX_SETTINGS + 1)
     except FileNotFoundError:
         if (folder / _ADAPTERS).exists():
-            raise FormatError(
-                f"{file}: expected the settings of these adapters, got none"
-            ) from None
+            raise FormatError(f"{file}: expected these adapters' settings, got none") from None
         text = json.dumps(mine, indent=2) + "\n"
 
         def write(to: BinaryIO) -> None:
@@ -350,5 +349,7 @@ def _check_settings(folder: Path, shape: Shape) -> None:
         )
     for name, value in mine.items():
         if found.get(name) != value:
-            got = short(repr(found.get(name)))
-            raise ValueError(f"AdapterStore: {name}: expected {got} as {file} has it, got {value}")
+            there = short(repr(found.get(name)))
+            if name == "format":
+                raise FormatError(f"{file}: format: expected {value}, got {there}")
+            raise ValueError(f"AdapterStore: {name}: expected {there} as in {file}, got {value!r}")

@@ -13,7 +13,6 @@ import io
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,10 +64,10 @@ def user_hash(user: Any) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def path_of(folder: Path, hashed: bytes) -> Path:
+def path_of(folder: str, hashed: bytes) -> str:
     """In one of 4096 folders: of a million files, 244 each."""
     name = hashed.hex()
-    return folder / name[:3] / f"{name[3:]}.safetensors"
+    return f"{folder}/{name[:3]}/{name[3:]}.safetensors"
 
 
 # ---- writing ----------------------------------------------------------------
@@ -112,7 +111,7 @@ def _digest(head: bytes, data: list[Any]) -> str:
 # ---- reading ----------------------------------------------------------------
 
 
-def read(path: Path) -> bytes | None:
+def read(path: str) -> bytes | None:
     """The bytes of a file, None where there is none. Raises FormatError, OSError."""
     try:
         opened = open_file(path)

@@ -43,7 +43,7 @@ class Resident:
 
     __slots__ = ("kept", "lock", "path", "pins", "saved", "slot", "user")
 
-    def __init__(self, user: str, path: Path, slot: int, kept: Arrays) -> None:
+    def __init__(self, user: str, path: str, slot: int, kept: Arrays) -> None:
         self.user, self.path, self.slot = user, path, slot  # slot -1: it has left
         self.kept = kept  # of its file, and with no companion
         self.pins = 0  # batches that use it now
@@ -82,7 +82,7 @@ class Residents:
 
     # ---- coming and going ----
 
-    def add(self, user: str, path: Path, stored: Stored) -> Resident:
+    def add(self, user: str, path: str, stored: Stored) -> Resident:
         """Needs the lock, and room in the pool."""
         A, B = (stored.A, stored.B) if self.pool._sliced else (stored.A[0], stored.B[0])
         added = Resident(user, path, self.pool.add(A, B, stored.scaling), stored.state)
@@ -112,6 +112,8 @@ class Residents:
         self._until_sweep -= 1
         if self._until_sweep <= 0 or looked > 1:
             self._start_sweep()
+        if room:
+            self._tell()
         return room
 
     def oldest(self) -> Resident | None:
@@ -216,8 +218,9 @@ class Residents:
             def write(file: BinaryIO) -> None:
                 file.writelines(parts)
 
-            atomic.make_folder(it.path.parent)
-            atomic.replace_file(it.path, write)
+            path = Path(it.path)
+            atomic.make_folder(path.parent)
+            atomic.replace_file(path, write)
             it.saved = version
 
     def _changed(self, it: Resident) -> bool:
@@ -228,7 +231,9 @@ class Residents:
         """(how many had changed, why some of them could not be written)."""
         with self.lock:
             users = [*self._users.values()]
-        return self._write_changed(users)
+        changed, errors = self._write_changed(users)
+        self._failed = None  # it is mended, or told now
+        return changed, errors
 
     def _write_changed(self, users: list[Resident]) -> tuple[int, list[OSError]]:
         def attempt(it: Resident) -> OSError | None:
@@ -246,20 +251,25 @@ class Residents:
             errors = [*map(attempt, changed)]
         return len(changed), [error for error in errors if error is not None]
 
-    def _start_sweep(self) -> None:
+    def _tell(self) -> None:
+        """Warns of what the background could not write."""
         if self._failed is not None:
             failed, self._failed = self._failed, None
             warnings.warn(
-                f"AdapterStore: {failed}: what could not be written stays resident", stacklevel=6
+                f"AdapterStore: {failed}: what could not be written stays resident", stacklevel=5
             )
-        if self._sweep is None or self._sweep.done():
-            self._until_sweep = max(1, self._ahead // 2)
-            with suppress(RuntimeError):  # the interpreter is ending
-                self._sweep = self._writers.submit(self._write_ahead)
 
-    def _write_ahead(self) -> None:
-        """In the background: those that leave next are put on disk."""
-        with self.lock:
-            users = [*islice(self._users.values(), self._ahead)]
-        for error in self._write_changed(users)[1]:
-            self._failed = error
+    def _start_sweep(self) -> None:
+        """Has those that leave next put on disk, in the background."""
+        if self._sweep is not None and not self._sweep.done():
+            return
+        self._until_sweep = max(1, self._ahead // 2)
+        next_to_leave = islice(self._users.values(), self._ahead)
+        changed = [it for it in next_to_leave if it.saved != self._version(it)]
+        if changed:  # waking a thread takes longer than looking
+            with suppress(RuntimeError):  # the interpreter is ending
+                self._sweep = self._writers.submit(self._write_ahead, changed)
+
+    def _write_ahead(self, users: list[Resident]) -> None:
+        _, errors = self._write_changed(users)
+        self._failed = errors[0] if errors else None
