@@ -32,6 +32,9 @@ from lora_engine.ops import (
 )
 
 if TYPE_CHECKING:
+    from lora_engine.adapters.adapter import Adapter
+    from lora_engine.adapters.compose import compose_parallel, compose_sequential
+    from lora_engine.adapters.merge import merge_adapters
     from lora_engine.adapters.store import AdapterStore
     from lora_engine.learning.feedback_buffer import FeedbackBuffer
     from lora_engine.learning.pipeline import TrainingPipeline
@@ -47,6 +50,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EWC",
     "AdaptResult",
+    "Adapter",
     "AdapterPool",
     "AdapterStore",
     "BatchedAdaptResult",
@@ -66,12 +70,15 @@ __all__ = [
     "backends",
     "batched_adapt",
     "batched_lora_delta",
+    "compose_parallel",
+    "compose_sequential",
     "ewc_step",
     "fisher_accumulate",
     "get_num_threads",
     "lora_delta",
     "lora_fisher",
     "lora_fisher_factors",
+    "merge_adapters",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
@@ -81,6 +88,7 @@ __all__ = [
 
 _AT_FIRST_USE = {
     "AdapterStore": "lora_engine.adapters.store",
+    "Adapter": "lora_engine.adapters.adapter",
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
     "NF4Tensor": "lora_engine.quant.nf4",
     "Sona": "lora_engine.learning.sona",
@@ -89,6 +97,9 @@ _AT_FIRST_USE = {
     "TrainingConfig": "lora_engine.learning.training_config",
     "TrainingPipeline": "lora_engine.learning.pipeline",
     "TrainingSample": "lora_engine.learning.training_samples",
+    "compose_parallel": "lora_engine.adapters.compose",
+    "compose_sequential": "lora_engine.adapters.compose",
+    "merge_adapters": "lora_engine.adapters.merge",
 }
 
 
