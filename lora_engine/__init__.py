@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from lora_engine.learning.task_boundary import TaskBoundary
     from lora_engine.learning.training_config import TrainingConfig
     from lora_engine.learning.training_samples import TrainingSample
+    from lora_engine.quant.linear import NF4Linear
+    from lora_engine.quant.load import load_quantized
+    from lora_engine.quant.model import quantize
     from lora_engine.quant.nf4 import NF4Tensor
 
 __version__ = "0.1.0"
@@ -60,6 +63,7 @@ __all__ = [
     "FormatError",
     "MicroLoRA",
     "MicroLoRAConfig",
+    "NF4Linear",
     "NF4Tensor",
     "Sona",
     "SonaConfig",
@@ -76,6 +80,7 @@ __all__ = [
     "ewc_step",
     "fisher_accumulate",
     "get_num_threads",
+    "load_quantized",
     "lora_delta",
     "lora_fisher",
     "lora_fisher_factors",
@@ -83,6 +88,7 @@ __all__ = [
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
+    "quantize",
     "set_num_threads",
 ]
 
@@ -91,6 +97,7 @@ _AT_FIRST_USE = {
     "AdapterStore": "lora_engine.adapters.store",
     "Adapter": "lora_engine.adapters.adapter",
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
+    "NF4Linear": "lora_engine.quant.linear",
     "NF4Tensor": "lora_engine.quant.nf4",
     "Sona": "lora_engine.learning.sona",
     "SonaConfig": "lora_engine.learning.sona_config",
@@ -100,7 +107,9 @@ _AT_FIRST_USE = {
     "TrainingSample": "lora_engine.learning.training_samples",
     "compose_parallel": "lora_engine.adapters.compose",
     "compose_sequential": "lora_engine.adapters.compose",
+    "load_quantized": "lora_engine.quant.load",
     "merge_adapters": "lora_engine.adapters.merge",
+    "quantize": "lora_engine.quant.model",
 }
 
 

@@ -76,7 +76,7 @@ def short(text: str) -> str:
 # ---- arrays -----------------------------------------------------------------
 
 _NAMES = {"uint8": "U8", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_OF_NAMES = {name: dtype for dtype, name in _NAMES.items()}
+OF_NAMES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def is_torch(array: Any) -> bool:
@@ -109,14 +109,14 @@ def raw_of(array: Any, where: str) -> Raw:
 
 def to_numpy(raw: Raw) -> np.ndarray:
     """A read-only view. Not for bfloat16, which NumPy lacks."""
-    return raw.data.view(_OF_NAMES[raw.dtype]).reshape(raw.shape)
+    return raw.data.view(OF_NAMES[raw.dtype]).reshape(raw.shape)
 
 
 def to_torch(raw: Raw) -> Any:
     """A copy, as tensors cannot be read-only."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, _OF_NAMES[raw.dtype])
+    dtype: torch.dtype = getattr(torch, OF_NAMES[raw.dtype])
     return torch.from_numpy(raw.data.copy()).view(dtype).reshape(raw.shape)
 
 
