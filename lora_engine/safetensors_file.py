@@ -208,7 +208,7 @@ def read_tensor(file: BinaryIO, entry: Entry, source: str) -> Raw:
     return Raw(entry.dtype, entry.shape, np.frombuffer(data, np.uint8))
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: str | Path) -> BinaryIO:
     """Opens a plain file. Raises FormatError for a pipe or a folder, OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # no wait for a pipe
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -295,6 +295,12 @@ def to_bytes(
     }
     start, order = _layout(raws, {key: value})
     return b"".join([start, *(raws[name].data.data for name in order)])
+
+
+def pack(metadata: Mapping[str, str], tensors: Mapping[str, Raw]) -> tuple[bytes, list[bytes]]:
+    """What a file begins with, and the data of each tensor in their order."""
+    start, order = _layout(tensors, metadata)
+    return start, [tensors[name].data.tobytes() for name in order]
 
 
 def _copy(old: BinaryIO, entry: Entry, new: BinaryIO, source: str) -> None:
