@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.config import MicroLoRAConfig
 from lora_engine.adapters.micro_lora import AdaptResult, MicroLoRA
 from lora_engine.adapters.pool import AdapterPool
