@@ -8,6 +8,7 @@ import platform
 import sys
 from importlib import metadata
 
+from lora_engine import merge_command
 from lora_engine.tuning import command
 
 
@@ -64,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     tune = commands.add_parser("tune", help="measure what is quickest on this CPU and GPU")
     command.add_arguments(tune)
     tune.set_defaults(run=command.run)
+    merge = commands.add_parser("merge", help="merge PEFT adapter folders into one")
+    merge_command.add_arguments(merge)
+    merge.set_defaults(run=merge_command.run)
     args = parser.parse_args(argv)
     try:
         status = int(args.run(args))

@@ -83,7 +83,7 @@ def _train(
                 batch = train.of(order[at : at + config.deep_batch_size])
                 m.storage.adapt_slot(batch.x, _gradient(m, slot, batch), slot, step)
             loss = _loss(m, slot, held)
-            bar.advance(1, loss)
+            bar.advance(1, f"loss {loss:.4g}")
             if before - loss > gain:
                 gain = before - loss
                 best = m.pool.get(slot)[:2] if gain > 0.0 else None

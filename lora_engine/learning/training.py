@@ -149,7 +149,7 @@ class _Run:
             total += self.batch(chunk)
             rows += len(chunk)
             order.position += len(chunk)
-            bar.advance(len(chunk), total / rows)
+            bar.advance(len(chunk), f"loss {total / rows:.4g}")
         if rows:
             self.losses.append(total / rows)
         if rows < len(rest):
