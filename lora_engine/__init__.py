@@ -13,7 +13,7 @@ from lora_engine.adapters.config import MicroLoRAConfig
 from lora_engine.adapters.micro_lora import AdaptResult, MicroLoRA
 from lora_engine.adapters.pool import AdapterPool
 from lora_engine.backends import backends
-from lora_engine.errors import FormatError
+from lora_engine.errors import FormatError, StoreLocked
 from lora_engine.learning.ewc import EWC
 from lora_engine.learning.feedback import Feedback
 from lora_engine.ops import (
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lora_engine.adapters.adapter import Adapter
     from lora_engine.adapters.compose import compose_parallel, compose_sequential
     from lora_engine.adapters.merge import merge_adapters
+    from lora_engine.adapters.store import AdapterStore
     from lora_engine.learning.feedback_buffer import FeedbackBuffer
     from lora_engine.learning.pipeline import TrainingPipeline
     from lora_engine.learning.sona import Sona
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from lora_engine.learning.task_boundary import TaskBoundary
     from lora_engine.learning.training_config import TrainingConfig
     from lora_engine.learning.training_samples import TrainingSample
+    from lora_engine.quant.linear import NF4Linear
+    from lora_engine.quant.load import load_quantized
+    from lora_engine.quant.model import quantize
     from lora_engine.quant.nf4 import NF4Tensor
 
 __version__ = "0.1.0"
@@ -52,15 +56,18 @@ __all__ = [
     "AdaptResult",
     "Adapter",
     "AdapterPool",
+    "AdapterStore",
     "BatchedAdaptResult",
     "Feedback",
     "FeedbackBuffer",
     "FormatError",
     "MicroLoRA",
     "MicroLoRAConfig",
+    "NF4Linear",
     "NF4Tensor",
     "Sona",
     "SonaConfig",
+    "StoreLocked",
     "TaskBoundary",
     "TrainingConfig",
     "TrainingPipeline",
@@ -73,6 +80,7 @@ __all__ = [
     "ewc_step",
     "fisher_accumulate",
     "get_num_threads",
+    "load_quantized",
     "lora_delta",
     "lora_fisher",
     "lora_fisher_factors",
@@ -80,13 +88,16 @@ __all__ = [
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
+    "quantize",
     "set_num_threads",
 ]
 
 
 _AT_FIRST_USE = {
+    "AdapterStore": "lora_engine.adapters.store",
     "Adapter": "lora_engine.adapters.adapter",
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
+    "NF4Linear": "lora_engine.quant.linear",
     "NF4Tensor": "lora_engine.quant.nf4",
     "Sona": "lora_engine.learning.sona",
     "SonaConfig": "lora_engine.learning.sona_config",
@@ -96,7 +107,9 @@ _AT_FIRST_USE = {
     "TrainingSample": "lora_engine.learning.training_samples",
     "compose_parallel": "lora_engine.adapters.compose",
     "compose_sequential": "lora_engine.adapters.compose",
+    "load_quantized": "lora_engine.quant.load",
     "merge_adapters": "lora_engine.adapters.merge",
+    "quantize": "lora_engine.quant.model",
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_engine.adapters.merge import METHODS, MergedModule, merge
-from lora_engine.learning.progress import Bar
+from lora_engine.progress import Bar
 
 SHOWN = 40  # modules in the table
 
@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         with Bar("merging") as bar:
 
-            def on_module(total: int, module: MergedModule) -> None:
+            def on_module(total: int, _: MergedModule) -> None:
                 bar.total = total
-                bar.advance(1, module.name)
+                bar.advance(1)
 
             merged = merge(
                 pairs, args.method, args.rank, density=args.density,

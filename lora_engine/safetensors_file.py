@@ -76,7 +76,7 @@ def short(text: str) -> str:
 # ---- arrays -----------------------------------------------------------------
 
 _NAMES = {"uint8": "U8", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_OF_NAMES = {name: dtype for dtype, name in _NAMES.items()}
+OF_NAMES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def is_torch(array: Any) -> bool:
@@ -109,14 +109,14 @@ def raw_of(array: Any, where: str) -> Raw:
 
 def to_numpy(raw: Raw) -> np.ndarray:
     """A read-only view. Not for bfloat16, which NumPy lacks."""
-    return raw.data.view(_OF_NAMES[raw.dtype]).reshape(raw.shape)
+    return raw.data.view(OF_NAMES[raw.dtype]).reshape(raw.shape)
 
 
 def to_torch(raw: Raw) -> Any:
     """A copy, as tensors cannot be read-only."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, _OF_NAMES[raw.dtype])
+    dtype: torch.dtype = getattr(torch, OF_NAMES[raw.dtype])
     return torch.from_numpy(raw.data.copy()).view(dtype).reshape(raw.shape)
 
 
@@ -208,7 +208,7 @@ def read_tensor(file: BinaryIO, entry: Entry, source: str) -> Raw:
     return Raw(entry.dtype, entry.shape, np.frombuffer(data, np.uint8))
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: str | Path) -> BinaryIO:
     """Opens a plain file. Raises FormatError for a pipe or a folder, OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # no wait for a pipe
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -295,6 +295,12 @@ def to_bytes(
     }
     start, order = _layout(raws, {key: value})
     return b"".join([start, *(raws[name].data.data for name in order)])
+
+
+def pack(metadata: Mapping[str, str], tensors: Mapping[str, Raw]) -> tuple[bytes, list[bytes]]:
+    """What a file begins with, and the data of each tensor in their order."""
+    start, order = _layout(tensors, metadata)
+    return start, [tensors[name].data.tobytes() for name in order]
 
 
 def _copy(old: BinaryIO, entry: Entry, new: BinaryIO, source: str) -> None:

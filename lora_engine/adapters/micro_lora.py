@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lora_engine import ops
+from lora_engine.adapters import initial
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.config import MicroLoRAConfig
 from lora_engine.adapters.exploration import Baseline, Explorer, checked_sigma
@@ -91,9 +92,7 @@ class MicroLoRA:
             if shape not in pools:
                 pools[shape] = AdapterPool(*shape, seed=config.seed)
             pool = pools[shape]
-            bound = 1.0 / math.sqrt(shape[0])
-            A = rng.uniform(-bound, bound, (config.rank, shape[0])).astype(np.float32)
-            slot = pool.add(A, np.zeros((shape[1], config.rank), np.float32), config.scaling)
+            slot = pool.add(*initial.weights(rng, config.rank, *shape), config.scaling)
             self._modules[name] = _Module(name, pool, slot)
 
     def __repr__(self) -> str:

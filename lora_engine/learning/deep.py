@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_engine import ops
-from lora_engine.learning.progress import Bar
 from lora_engine.learning.sona_config import SonaConfig
 from lora_engine.learning.sona_module import Array, Module
 from lora_engine.learning.training_samples import TrainingSample, imitation
+from lora_engine.progress import Bar
 
 FEWEST = 5  # samples, of which one is held out
 
@@ -83,7 +83,7 @@ def _train(
                 batch = train.of(order[at : at + config.deep_batch_size])
                 m.storage.adapt_slot(batch.x, _gradient(m, slot, batch), slot, step)
             loss = _loss(m, slot, held)
-            bar.advance(1, f"loss {loss:.4g}")
+            bar.advance(1, loss)
             if before - loss > gain:
                 gain = before - loss
                 best = m.pool.get(slot)[:2] if gain > 0.0 else None

@@ -239,6 +239,25 @@ class EWC:
 
         ewc_state.from_arrays(self, state)
 
+    # What a slot has travels with its adapter: AdapterStore.carry.
+
+    def slot_version(self, slot: int) -> Any:
+        """Differs after every change to what is kept of a slot of the pool."""
+        held, slot = self._find("slot_version", slot)
+        return held.version(slot)
+
+    def slot_state(self, slot: int) -> dict[str, np.ndarray]:
+        """``state`` of one slot of the pool, as that of any: for ``load_slot_state``."""
+        from lora_engine.learning import ewc_state
+
+        return ewc_state.to_slot_arrays(self, slot)
+
+    def load_slot_state(self, slot: int, state: Mapping[str, np.ndarray]) -> None:
+        """Replaces what is kept of a slot of the pool. Raises as ``load_state`` does."""
+        from lora_engine.learning import ewc_state
+
+        ewc_state.from_slot_arrays(self, slot, state)
+
     def save(self, file: str | os.PathLike[str]) -> None:
         """The settings and the state, as safetensors, with the digest of the weights.
 

@@ -26,11 +26,12 @@ class Bar:
     def __enter__(self) -> Bar:
         return self
 
-    def advance(self, done: int, note: str = "") -> None:
+    def advance(self, done: int, loss: float | None = None) -> None:
         self._done += done
         if self._wanted and self._bar is None and perf_counter() - self._start > _PATIENCE:
             self._show()
         if self._bar is not None:
+            note = "" if loss is None else f"loss {loss:.4g}"
             self._bar.update(0, completed=self._done, total=self.total, note=note)
 
     def _show(self) -> None:
