@@ -96,9 +96,10 @@ def main(argv: list[str] | None = None) -> int:
         "bench", add_help=False, help="latencies against peers, as a page to look at; in a checkout"
     )
     bench.set_defaults(run=_bench)
-    args, args.rest = parser.parse_known_args(argv)  # bench reads its own arguments
-    if args.rest and args.run is not _bench:
-        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run is not _bench:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest  # bench reads its own arguments
     try:
         status = int(args.run(args))
         sys.stdout.flush()
