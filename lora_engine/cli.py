@@ -9,6 +9,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from lora_engine import inspection
 from lora_engine.tuning import command
 
 
@@ -85,6 +86,13 @@ def main(argv: list[str] | None = None) -> int:
         help="instead: experiments on what learning keeps and gains, with pictures; minutes",
     )
     demo.set_defaults(run=_demo)
+    inspect = commands.add_parser(
+        "inspect",
+        help="what adapter folders adapt: ranks, norms, singular values, size",
+        description=inspection.__doc__,
+    )
+    inspection.add_arguments(inspect)
+    inspect.set_defaults(run=inspection.run)
     tune = commands.add_parser("tune", help="measure what is quickest on this CPU and GPU")
     command.add_arguments(tune)
     tune.set_defaults(run=command.run)
