@@ -157,7 +157,7 @@ def _sort_whole(
                 got = f"{values.dtype} {list(values.shape)}"
                 raise FormatError(f"{where}: expected a float vector, got {got}")
             biases[base] = values
-        elif is_matrix or config.raw.get("modules_to_save"):
+        elif is_matrix or leaf == "bias" or config.raw.get("modules_to_save"):
             saved[f"{base}.{leaf}"] = values
         else:
             raise FormatError(
