@@ -217,7 +217,8 @@ def open_file(path: str | Path) -> BinaryIO:
     return open(handle, "rb")
 
 
-_NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64}
+_NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64,
+                          "I64": np.int64, "U8": np.uint8}  # fmt: skip
 
 
 def to_array(raw: Raw, where: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_engine as le
-from lora_engine import cli, inspection
+from lora_engine import cli, inspect_command
 from lora_engine.adapters.adapter import LoraWeights
 
 sizes = st.integers(1, 9)
@@ -25,10 +25,12 @@ def test_norm_and_singular_values_are_those_of_the_dense_delta(d_in, out, rank, 
     A, B = (rng.standard_normal(s).astype("f4") for s in ((rank, d_in), (out, rank)))
     weights = LoraWeights(A, B, scaling)
     want = np.linalg.svd(scaling * B.astype("f8") @ A.astype("f8"), compute_uv=False)
-    got = inspection.singular_values(weights)
+    got = inspect_command.singular_values(weights)
     assert len(got) == min(rank, d_in, out)
     np.testing.assert_allclose(got, want[: len(got)], rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(inspection.norm(weights), np.linalg.norm(want), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        inspect_command.norm(weights), np.linalg.norm(want), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,7 @@ def test_norm_and_singular_values_are_those_of_the_dense_delta(d_in, out, rank, 
     [([1, 1, 1], 3.0), ([5, 0, 0], 1.0), ([0, 0], 0.0), ([2, 1], 3 / 2 ** (2 / 3))],
 )  # fmt: skip
 def test_effective_rank(values, want):
-    assert inspection.effective_rank(np.array(values, "f8")) == pytest.approx(want)
+    assert inspect_command.effective_rank(np.array(values, "f8")) == pytest.approx(want)
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def test_table_and_picture(folder, tmp_path, capsys):
     picture = tmp_path / "spectra.png"
     assert cli.main(["inspect", str(folder), "--plot", str(picture)]) == 0
     out = capsys.readouterr().out
-    value = inspection.singular_values(le.Adapter.load(folder).modules["a.[v]"])[0]
+    value = inspect_command.singular_values(le.Adapter.load(folder).modules["a.[v]"])[0]
     (row,) = [line for line in out.splitlines() if "a.[v] " in line]
     for cell in ("6 x 5", " 3 ", "1.333", f"{value:.3g}", " 132 "):
         assert cell in row
