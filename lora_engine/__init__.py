@@ -32,6 +32,7 @@ from lora_engine.ops import (
 )
 
 if TYPE_CHECKING:
+    from lora_engine.hf import Attached, attach
     from lora_engine.learning.feedback_buffer import FeedbackBuffer
     from lora_engine.learning.pipeline import TrainingPipeline
     from lora_engine.learning.sona import Sona
@@ -47,6 +48,7 @@ __all__ = [
     "EWC",
     "AdaptResult",
     "AdapterPool",
+    "Attached",
     "BatchedAdaptResult",
     "Feedback",
     "FeedbackBuffer",
@@ -60,6 +62,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingPipeline",
     "TrainingSample",
+    "attach",
     "backends",
     "batched_adapt",
     "batched_lora_delta",
@@ -77,6 +80,7 @@ __all__ = [
 
 
 _AT_FIRST_USE = {
+    "Attached": "lora_engine.hf",
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
     "NF4Tensor": "lora_engine.quant.nf4",
     "Sona": "lora_engine.learning.sona",
@@ -85,6 +89,7 @@ _AT_FIRST_USE = {
     "TrainingConfig": "lora_engine.learning.training_config",
     "TrainingPipeline": "lora_engine.learning.pipeline",
     "TrainingSample": "lora_engine.learning.training_samples",
+    "attach": "lora_engine.hf",
 }
 
 
