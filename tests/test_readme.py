@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from bench import readme
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -43,3 +45,9 @@ def test_the_example_for_a_gpu_runs():
     command = [sys.executable, "-c", before + block + after]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_the_speed_table_is_that_of_its_results_file():
+    text = README.read_text(encoding="utf-8")
+    assert text == readme.generated(text), "python -m bench.readme --write"
+    assert "| aim |" in text

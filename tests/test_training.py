@@ -13,8 +13,8 @@ from helpers_files import weight_bits
 from helpers_training import TARGET, samples, started
 
 import lora_engine as le
-from lora_engine import reference
-from lora_engine.learning import progress, training
+from lora_engine import progress, reference
+from lora_engine.learning import training
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 

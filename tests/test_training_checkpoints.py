@@ -19,7 +19,7 @@ from helpers_files import (
 from helpers_training import TARGET, drawn, samples, started
 
 import lora_engine as le
-from lora_engine.adapters import peft_format
+from lora_engine import safetensors_file
 from lora_engine.learning import checkpoint, protection
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -171,7 +171,7 @@ def kept(tmp_path_factory):
     path = tmp_path_factory.mktemp("kept") / "checkpoint"
     pipe.save(lora, path)
     data = path.read_bytes()
-    tensors, metadata = peft_format.from_bytes(data, "kept")
+    tensors, metadata = safetensors_file.from_bytes(data, "kept")
     return SimpleNamespace(
         path=path, data=data, tensors=tensors, state=json.loads(metadata[checkpoint.KEY])
     )
@@ -248,7 +248,7 @@ def rewritten(kept, path, tensors=None, **state):
     whole = {**kept.state, **state}
     if "sha256" not in state:
         whole["sha256"] = checkpoint._digest(tensors, whole)
-    path.write_bytes(peft_format.to_bytes(tensors, checkpoint.KEY, json.dumps(whole)))
+    path.write_bytes(safetensors_file.to_bytes(tensors, checkpoint.KEY, json.dumps(whole)))
     return path
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import os
 import zlib
+from collections.abc import Mapping
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lora_engine import ops
+from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.config import MicroLoRAConfig
 from lora_engine.adapters.exploration import Baseline, Explorer, checked_sigma
 from lora_engine.adapters.pending import PendingGradient
@@ -29,9 +32,9 @@ _new = tuple.__new__  # a third of the cost of a NamedTuple's own constructor
 
 def _files() -> Any:
     """The reader and writer of folders, imported at first use: it takes as long as the rest."""
-    from lora_engine.adapters import peft_format
+    from lora_engine.adapters import micro_folder
 
-    return peft_format
+    return micro_folder
 
 
 class AdaptResult(NamedTuple):
@@ -316,20 +319,13 @@ class MicroLoRA:
         m.pool.set(m.slot, A, B, self.config.scaling)
         m.clear()
 
-    def _tensors(self) -> dict[str, np.ndarray]:
-        factors = {name: self.weights(name)[:2] for name in self._modules}
-        tensors: dict[str, np.ndarray] = _files().to_tensors(factors)
-        return tensors
-
-    def _set_tensors(self, tensors: dict[str, np.ndarray], source: str) -> None:
-        factors = _files().from_tensors(tensors, source)
-        _files().check_modules(factors, self.config, source)
+    def _set_factors(self, factors: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         for name, (A, B) in factors.items():
             self.set_weights(name, A, B)
 
     def export_weights(self) -> bytes:
         """The weights as safetensors bytes, under PEFT's key names."""
-        data: bytes = _files().to_bytes(self._tensors())
+        data: bytes = _files().weights_bytes(Adapter.from_micro_lora(self))
         return data
 
     def import_weights(self, data: bytes) -> None:
@@ -338,7 +334,7 @@ class MicroLoRA:
         Raises FormatError, changing nothing, where the bytes are damaged or hold
         other modules or shapes than the config.
         """
-        self._set_tensors(_files().from_bytes(data, "import_weights")[0], "import_weights")
+        self._set_factors(_files().read_factors(data, self.config, "import_weights"))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """A PEFT adapter folder, and beside it the engine's own state (steps, baselines).
@@ -347,11 +343,13 @@ class MicroLoRA:
         else it holds is kept; PEFT ignores the state file. Raises OSError, and
         ValueError for the working folder, which cannot be replaced.
         """
+        from lora_engine.adapters import peft_format
+
         steps = {name: m.steps for name, m in self._modules.items()}
         baselines = {name: m.baseline.value for name, m in self._modules.items()}
         known = {name: value for name, value in baselines.items() if value is not None}
-        content = _files().Folder(self.config, self._tensors(), steps, known, self._peft_config)
-        _files().save(folder, content)
+        state = partial(_files().state_bytes, self.config, _files().State(steps, known))
+        peft_format.save(folder, Adapter.from_micro_lora(self), state)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> MicroLoRA:
@@ -361,11 +359,25 @@ class MicroLoRA:
         FileNotFoundError. A state file that belongs to other weights is dropped
         with a warning.
         """
-        content = _files().load(folder)
-        lora = cls(content.config)
-        lora._set_tensors(content.tensors, os.fspath(folder))
-        lora._peft_config = content.peft_config
+        adapter, config, state = _files().load(folder)
+        lora = cls._holding(adapter, config)
         for name, m in lora._modules.items():
-            m.steps = content.steps.get(name, 0)
-            m.baseline = Baseline(content.baselines.get(name))
+            m.steps = state.steps.get(name, 0)
+            m.baseline = Baseline(state.baselines.get(name))
+        return lora
+
+    @classmethod
+    def from_adapter(cls, adapter: Adapter) -> MicroLoRA:
+        """A MicroLoRA with an adapter's weights.
+
+        Raises FormatError naming what a MicroLoRA cannot hold: ranks or scalings that differ,
+        embeddings, biases, modules_to_save.
+        """
+        return cls._holding(adapter, _files().config_of(adapter, "MicroLoRA.from_adapter"))
+
+    @classmethod
+    def _holding(cls, adapter: Adapter, config: MicroLoRAConfig) -> MicroLoRA:
+        lora = cls(config)
+        lora._set_factors({name: (w.A, w.B) for name, w in adapter.modules.items()})
+        lora._peft_config = dict(adapter.peft_config)
         return lora

@@ -50,9 +50,7 @@ class Model:
         if isinstance(source, MicroLoRA):
             return self._of_micro_lora(name, source)
         if isinstance(source, (str, os.PathLike)):
-            reader: Any = Adapter
-            loaded: Adapter = reader.load(source)
-            return loaded
+            return Adapter.load(source)
         raise TypeError(
             f"{self.op}: {name}: expected an adapter folder, a MicroLoRA or an Adapter,"
             f" got {type(source).__name__}"

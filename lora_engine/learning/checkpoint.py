@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from lora_engine import atomic
-from lora_engine.adapters import peft_format
+from lora_engine import atomic, safetensors_file
 from lora_engine.adapters.micro_lora import MicroLoRA
 from lora_engine.errors import FormatError
 from lora_engine.learning.protection import Protection
@@ -80,7 +79,7 @@ def save(pipe: TrainingPipeline, lora: MicroLoRA, path: str | os.PathLike[str]) 
         "ewc": {k: v for k, v in protected.items() if k not in arrays},
     }
     state["sha256"] = _digest(tensors, state)
-    data = peft_format.to_bytes(tensors, KEY, json.dumps(state))
+    data = safetensors_file.to_bytes(tensors, KEY, json.dumps(state))
 
     def write(file: BinaryIO) -> None:
         file.write(data)
@@ -98,7 +97,7 @@ def load(pipe: TrainingPipeline, lora: Any, path: str | os.PathLike[str]) -> Non
         raise TypeError(f"TrainingPipeline.load: lora: expected a MicroLoRA, got {got}")
     source = os.fspath(path)
     with open_file(Path(source)) as file:
-        tensors, metadata = peft_format.from_bytes(file.read(), source)
+        tensors, metadata = safetensors_file.from_bytes(file.read(), source)
     if KEY not in metadata:
         raise FormatError(f"{source}: {KEY}: expected a checkpoint's metadata, got none")
     state = read_json(metadata[KEY].encode(), f"{source}: {KEY}")

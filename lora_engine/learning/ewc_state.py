@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from lora_engine import atomic
-from lora_engine.adapters import peft_format
+from lora_engine import atomic, safetensors_file
 from lora_engine.adapters.micro_lora import MicroLoRA
 from lora_engine.adapters.pool import AdapterPool
 from lora_engine.errors import FormatError
@@ -188,7 +187,7 @@ def save(ewc: EWC, file: str | os.PathLike[str]) -> None:
     arrays = to_arrays(ewc)
     own: dict[str, Any] = {name: getattr(ewc, name) for name in _SETTINGS}
     own["weights_sha256"] = _digest(ewc, _names(arrays, ewc.form))
-    data = peft_format.to_bytes(arrays, _KEY, json.dumps(own))
+    data = safetensors_file.to_bytes(arrays, _KEY, json.dumps(own))
 
     def write(to: BinaryIO) -> None:
         to.write(data)
@@ -212,7 +211,7 @@ def load(file: str | os.PathLike[str], lora_or_pool: MicroLoRA | AdapterPool) ->
 
     source = os.fspath(file)
     with open_file(Path(os.path.realpath(file))) as opened:
-        arrays, metadata = peft_format.from_bytes(opened.read(), source)
+        arrays, metadata = safetensors_file.from_bytes(opened.read(), source)
     own = _settings(metadata.get(_KEY, ""), source)
     try:
         ewc = EWC(lora_or_pool, **{name: own[name] for name in _SETTINGS})

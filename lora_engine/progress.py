@@ -25,12 +25,13 @@ class Bar:
     def __enter__(self) -> Bar:
         return self
 
-    def advance(self, done: int, loss: float) -> None:
+    def advance(self, done: int, loss: float | None = None) -> None:
         self._done += done
         if self._wanted and self._bar is None and perf_counter() - self._start > _PATIENCE:
             self._show()
         if self._bar is not None:
-            self._bar.update(0, completed=self._done, loss=loss)
+            note = "" if loss is None else f"loss {loss:.4g}"
+            self._bar.update(0, completed=self._done, note=note)
 
     def _show(self) -> None:
         try:
@@ -43,10 +44,10 @@ class Bar:
             TextColumn(self._what),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4g}"),
+            TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
         )
-        self._bar.add_task(self._what, total=self._total, loss=float("nan"))
+        self._bar.add_task(self._what, total=self._total, note="")
         self._bar.start()
 
     def __exit__(self, *_: object) -> None:
