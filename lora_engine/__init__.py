@@ -13,7 +13,7 @@ from lora_engine.adapters.config import MicroLoRAConfig
 from lora_engine.adapters.micro_lora import AdaptResult, MicroLoRA
 from lora_engine.adapters.pool import AdapterPool
 from lora_engine.backends import backends
-from lora_engine.errors import FormatError
+from lora_engine.errors import FormatError, StoreLocked
 from lora_engine.learning.ewc import EWC
 from lora_engine.learning.feedback import Feedback
 from lora_engine.ops import (
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lora_engine.adapters.adapter import Adapter
     from lora_engine.adapters.compose import compose_parallel, compose_sequential
     from lora_engine.adapters.merge import merge_adapters
+    from lora_engine.adapters.store import AdapterStore
     from lora_engine.hf import Attached, attach
     from lora_engine.learning.feedback_buffer import FeedbackBuffer
     from lora_engine.learning.pipeline import TrainingPipeline
@@ -56,6 +57,7 @@ __all__ = [
     "AdaptResult",
     "Adapter",
     "AdapterPool",
+    "AdapterStore",
     "Attached",
     "BatchedAdaptResult",
     "Feedback",
@@ -67,6 +69,7 @@ __all__ = [
     "NF4Tensor",
     "Sona",
     "SonaConfig",
+    "StoreLocked",
     "TaskBoundary",
     "TrainingConfig",
     "TrainingPipeline",
@@ -95,6 +98,7 @@ __all__ = [
 
 _AT_FIRST_USE = {
     "Attached": "lora_engine.hf",
+    "AdapterStore": "lora_engine.adapters.store",
     "Adapter": "lora_engine.adapters.adapter",
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
     "NF4Linear": "lora_engine.quant.linear",

@@ -37,7 +37,7 @@ def tiny(kind: str, dtype: str = "float32", seed: int = 0) -> Any:
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.1}
     if kind == "llama":
         config = transformers.LlamaConfig(
-            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **special,
         )  # fmt: skip
         made = transformers.LlamaForCausalLM
@@ -49,7 +49,7 @@ def tiny(kind: str, dtype: str = "float32", seed: int = 0) -> Any:
         made = transformers.GPT2LMHeadModel
     else:
         config = transformers.BertConfig(
-            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=4, max_position_embeddings=64, hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0, pad_token_id=0, initializer_range=0.1,
         )  # fmt: skip

@@ -325,7 +325,7 @@ def test_a_model_with_pefts_adapters_is_refused():
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(nn.Sequential(nn.Linear(32, 32)), LoraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="without adapters, got PEFT's"):
+    with pytest.raises(ValueError, match="without adapters, got a PeftModel with some at the top"):
         le.quantize(model)
 
 

@@ -18,7 +18,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_examples_run_and_learn(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     blocks = [block for block in blocks if "cuda" not in block]
-    assert len(blocks) == 6
+    assert len(blocks) >= 6
     check = "assert result.applied.tolist() == [True, True, False, True]\n"
     check += "assert np.abs(y - target)[0].mean() < 0.5 * np.abs(target)[0].mean()\n"
     command = [sys.executable, "-c", blocks[0] + check + "".join(blocks[1:])]

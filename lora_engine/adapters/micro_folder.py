@@ -12,8 +12,9 @@ import numpy as np
 
 from lora_engine.adapters.adapter import Adapter, LoraWeights
 from lora_engine.adapters.config import MicroLoRAConfig
+from lora_engine.adapters.exploration import is_quality
 from lora_engine.adapters.peft_config import PeftConfig, scalings
-from lora_engine.adapters.peft_format import STATE_FILE, Folder, adapter_of, digest, read_folder
+from lora_engine.adapters.peft_format import STATE_FILE, Folder, adapter_of, digest
 from lora_engine.adapters.peft_tensors import A_SUFFIX, PREFIX, Factors, read_tensors, to_tensors
 from lora_engine.errors import FormatError
 from lora_engine.safetensors_file import from_bytes, read_json, short, to_bytes
@@ -118,12 +119,8 @@ def read_factors(data: bytes, config: MicroLoRAConfig, source: str) -> Factors:
 # ---- folders ----------------------------------------------------------------
 
 
-def load(folder: Any) -> tuple[Adapter, MicroLoRAConfig, State]:
-    """What a folder holds, if a MicroLoRA can hold it.
-
-    Raises FormatError naming file and key, FileNotFoundError.
-    """
-    files = read_folder(folder)
+def load(files: Folder) -> tuple[Adapter, MicroLoRAConfig, State]:
+    """What a folder holds, if a MicroLoRA can hold it. Raises FormatError naming file and key."""
     _refuse(files.config)
     adapter = adapter_of(files)
     config, state = config_of(adapter, files.config.source), State({}, {})
@@ -180,7 +177,7 @@ def _read_baselines(source: str, own: dict[str, Any]) -> dict[str, float]:
     if not isinstance(found, dict):
         raise FormatError(f"{source}: baselines: expected an object, got {short(repr(found))}")
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if not is_quality(value):
             raise FormatError(
                 f"{source}: baselines: {short(name)}: expected a number in 0..1,"
                 f" got {short(repr(value))}"

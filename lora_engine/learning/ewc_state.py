@@ -163,6 +163,30 @@ def from_arrays(ewc: EWC, arrays: Mapping[str, np.ndarray]) -> None:
         held.load(states)
 
 
+# ---- one slot, for an AdapterStore, which knows no slot by number --------------
+
+_ANY = "0"
+
+
+def to_slot_arrays(ewc: EWC, slot: int) -> Arrays:
+    """As of slot 0."""
+    held, slot = ewc._find("slot_state", slot)
+    arrays: Arrays = {}
+    _put(arrays, ewc.form, _ANY, held.state(slot))
+    return arrays
+
+
+def from_slot_arrays(ewc: EWC, slot: int, arrays: Mapping[str, np.ndarray]) -> None:
+    fields: Arrays = {}
+    for key, value in arrays.items():
+        field, part, name = _split(key, ewc.form)
+        if name != _ANY:
+            raise ValueError(f"EWC state: {short(key)}: expected that of one slot")
+        fields[f"{field}.{part}"] = value
+    held, slot, state = _group(ewc, str(slot), fields)
+    held.put(slot, state)
+
+
 # ---- files ------------------------------------------------------------------
 
 
