@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lora_engine.adapters.compose import compose_parallel, compose_sequential
     from lora_engine.adapters.merge import merge_adapters
     from lora_engine.adapters.store import AdapterStore
+    from lora_engine.hf import Attached, attach
     from lora_engine.learning.feedback_buffer import FeedbackBuffer
     from lora_engine.learning.pipeline import TrainingPipeline
     from lora_engine.learning.sona import Sona
@@ -57,6 +58,7 @@ __all__ = [
     "Adapter",
     "AdapterPool",
     "AdapterStore",
+    "Attached",
     "BatchedAdaptResult",
     "Feedback",
     "FeedbackBuffer",
@@ -72,6 +74,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingPipeline",
     "TrainingSample",
+    "attach",
     "backends",
     "batched_adapt",
     "batched_lora_delta",
@@ -94,6 +97,7 @@ __all__ = [
 
 
 _AT_FIRST_USE = {
+    "Attached": "lora_engine.hf",
     "AdapterStore": "lora_engine.adapters.store",
     "Adapter": "lora_engine.adapters.adapter",
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
@@ -105,6 +109,7 @@ _AT_FIRST_USE = {
     "TrainingConfig": "lora_engine.learning.training_config",
     "TrainingPipeline": "lora_engine.learning.pipeline",
     "TrainingSample": "lora_engine.learning.training_samples",
+    "attach": "lora_engine.hf",
     "compose_parallel": "lora_engine.adapters.compose",
     "compose_sequential": "lora_engine.adapters.compose",
     "load_quantized": "lora_engine.quant.load",
