@@ -381,3 +381,14 @@ def test_a_bar_counts_layers(monkeypatch):
     monkeypatch.setattr(quantizing, "Bar", Counted)
     le.quantize(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)))
     assert seen == [(1, None), (1, None)]
+
+
+@pytest.mark.parametrize("shape", [(96,), (3, 96), (2, 3, 96)], ids=str)
+def test_what_a_layer_gives_may_be_written_to(shape):
+    _, made = layer()
+    x = torch.randn(shape, requires_grad=True)
+    y = made(x)
+    y[0] += 1.0  # as PEFT does with its rows
+    y.sum().backward()
+    want = torch.from_numpy(made.nf4.to_float()).sum(0).expand(shape)
+    torch.testing.assert_close(x.grad, want, rtol=1e-4, atol=1e-4)
