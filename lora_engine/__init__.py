@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lora_engine.adapters.variants.int8 import Int8LoRA
     from lora_engine.adapters.variants.resize import resize_rank
     from lora_engine.adapters.variants.vera import Vera
+    from lora_engine.hf import Attached, attach
     from lora_engine.learning.feedback_buffer import FeedbackBuffer
     from lora_engine.learning.pipeline import TrainingPipeline
     from lora_engine.learning.sona import Sona
@@ -61,6 +62,7 @@ __all__ = [
     "Adapter",
     "AdapterPool",
     "AdapterStore",
+    "Attached",
     "BatchedAdaptResult",
     "Feedback",
     "FeedbackBuffer",
@@ -78,6 +80,7 @@ __all__ = [
     "TrainingPipeline",
     "TrainingSample",
     "Vera",
+    "attach",
     "backends",
     "batched_adapt",
     "batched_lora_delta",
@@ -106,6 +109,7 @@ _AT_FIRST_USE = {
     "Vera": "lora_engine.adapters.variants.vera",
     "delta_lora": "lora_engine.adapters.variants.delta_lora",
     "resize_rank": "lora_engine.adapters.variants.resize",
+    "Attached": "lora_engine.hf",
     "AdapterStore": "lora_engine.adapters.store",
     "Adapter": "lora_engine.adapters.adapter",
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
@@ -117,6 +121,7 @@ _AT_FIRST_USE = {
     "TrainingConfig": "lora_engine.learning.training_config",
     "TrainingPipeline": "lora_engine.learning.pipeline",
     "TrainingSample": "lora_engine.learning.training_samples",
+    "attach": "lora_engine.hf",
     "compose_parallel": "lora_engine.adapters.compose",
     "compose_sequential": "lora_engine.adapters.compose",
     "load_quantized": "lora_engine.quant.load",
