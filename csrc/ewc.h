@@ -17,6 +17,7 @@ struct EwcRecord {
   // form it holds u [out] and v [in] of each slice that is there.
   std::vector<float> fisher, anchor;
   std::vector<float> largest;  // delta form: of u and of v, slice by slice
+  std::vector<char> pulls;     // delta form: slice by slice, whether the anchored delta is not 0
 };
 
 // In delta form, where u of a slice begins.
@@ -46,7 +47,7 @@ class Ewc {
   std::unique_ptr<EwcRecord> &entry(int32_t id);
   // given: first and second, then both anchors, or none for the weights as they are now.
   void record(const char *op, int32_t id, std::initializer_list<const le_array *> given);
-  void note_largest(const Block &block, EwcRecord *record) const;
+  void note_slices(const Block &block, EwcRecord *record) const;
 
   AdapterPool &pool_;
   const int32_t form_;

@@ -209,7 +209,8 @@ class Sona:
             self._skipped["max_pending_samples are waiting: learned, left out of the merge"] += rows
             return
         if self.config.consolidation == "ensemble":
-            fast.inputs += np.asarray(x, np.float32).reshape(-1, m.in_features).sum(0)
+            seen = np.asarray(x, np.float32).reshape(-1, m.in_features)
+            fast.inputs = fast.inputs + seen.sum(0)
         fast.quality += q * rows
         fast.pending += rows
         self._pending += rows
