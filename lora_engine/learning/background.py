@@ -135,23 +135,21 @@ def _merged(m: Module, config: SonaConfig, served: Served, fast: list[Fast]) -> 
     """What would be served with the fast adapters merged, in slots of its own."""
     if config.consolidation == "ensemble":
         return _ensemble(m, config, served, fast)
-    with m.lock:  # the base's row: its means, as of one sample
-        m.sums.begin(served.consolidated)
-        u, v = m.sums
-        if m.fisher is not None:
-            u[served.consolidated], v[served.consolidated] = m.fisher
     samples = np.array([adapter.pending for adapter in fast], np.float64)
+    slots = [adapter.slot for adapter in fast]
+    u, v = m.sums.means(slots, samples, served.consolidated)
+    if m.fisher is not None:
+        u[served.consolidated], v[served.consolidated] = m.fisher
     done = consolidation.consolidate(
         m.pool,
         served.consolidated,
-        [adapter.slot for adapter in fast],
+        slots,
         config.consolidation,
         quality=np.array([adapter.quality for adapter in fast]) / samples,
         samples=samples,
         base_samples=m.samples,
         u=u,
         v=v,
-        summed=samples,
     )
     return Served(m.pool.add(done.A, done.B, done.scaling), {}, {}, served.members)
 

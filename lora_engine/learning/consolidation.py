@@ -102,7 +102,6 @@ def consolidate(
     base_samples: float = 0.0,
     u: Any = None,
     v: Any = None,
-    summed: Any = None,
     rank: int | None = None,
     max_sweeps: int = 8,
     tolerance: float = 1e-3,
@@ -112,8 +111,7 @@ def consolidate(
 
     quality, samples [K]: as in ``strategy_weights``. For "ewc_merge": base_samples, what the base
     weighs; u [n, out] and v [n, in], float32, a row a slot id of the pool, the mean Fisher
-    factors (``lora_fisher_factors`` over the number of samples); summed [K]: of how many samples
-    a slot's row of either is the sum, where it is no mean. rank: of the result, default
+    factors (``lora_fisher_factors`` over the number of samples). rank: of the result, default
     the base's; its scaling is the base's. max_sweeps, tolerance: when the iterations end;
     num_threads: how many threads may work on it.
 
@@ -139,8 +137,6 @@ def consolidate(
     if fisher and (u is None or v is None):
         raise ValueError("consolidate: u, v: expected Fisher factors for ewc_merge, got None")
     merge = getattr(pool._backend, "consolidate", None) or _by_reference(pool)
-    if fisher and summed is not None:  # (u / n) (v / n)ᵀ is u vᵀ / n²
-        sessions = sessions / _per_slot("summed", summed, len(ids), MAX_FLOAT) ** 2
     weights = np.concatenate([[base_samples], sessions]).astype(np.float32)
     A = np.empty((max(rank, 0), pool.in_features), np.float32)
     B = np.empty((pool.out_features, max(rank, 0)), np.float32)
