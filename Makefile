@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc cmake -type f)
 
 .PHONY: demo test lint bench gpu full lanes emulate format clean
 

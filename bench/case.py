@@ -85,6 +85,7 @@ class Case:
     extra_ms: Mapping[str, float] = field(default_factory=dict)
     within: float | None = None
     traffic: Traffic | None = None
+    flops: float = 0.0  # of the formula: a multiply-add counts 2; 0: not counted
 
     @property
     def name(self) -> str:

@@ -102,5 +102,6 @@ CASES = (
         build,
         faster={BY_HAND: 8.0, AUTOGRAD: 40.0},
         traffic=Traffic(2 * _ROW, 2 * _WEIGHTS, _WEIGHTS + 2 * _ROW, threads=1),
+        flops=8 * RANK * inputs.FEATURES,
     ),
 )

@@ -113,6 +113,7 @@ def _case(rank: int, gather: float, sort: float) -> Case:
         lambda: build(rank),
         faster={GATHER: gather, SORT: sort},
         traffic=Traffic(weights + rows, 2 * rows, weights + 2 * rows, threads=0),
+        flops=4 * rank * inputs.FEATURES * ROWS,
     )
 
 

@@ -105,6 +105,7 @@ CASES = (
         faster={IN_PLACE: 1.5},
         within=1.2,
         traffic=Traffic(_ARRAY, 2 * _ARRAY, 2 * _ARRAY, threads=0),
+        flops=4 * ELEMENTS,
     ),
     Case(
         "lora_fisher",
@@ -114,5 +115,6 @@ CASES = (
         within=2.0,
         # The sums are as large as the weights, and only written.
         traffic=Traffic(2 * _ROWS + _WEIGHTS, _WEIGHTS, 2 * _ROWS + 2 * _WEIGHTS, threads=0),
+        flops=8 * RANK * inputs.FEATURES * SAMPLES,
     ),
 )

@@ -202,6 +202,7 @@ CASES = (
         numpy_case,
         faster={"NumPy": 2.5, TRANSPOSED_NUMPY: None},
         traffic=_TRAFFIC,
+        flops=4 * RANK * inputs.FEATURES,
     ),
     Case(
         "lora.forward(x, m, out=y), torch",
@@ -209,6 +210,7 @@ CASES = (
         torch_case,
         faster={"torch eager": 3.5, TRANSPOSED_TORCH: None, "PEFT's layer": 3.5},
         traffic=_TRAFFIC,
+        flops=4 * RANK * inputs.FEATURES,
     ),
     Case(
         "torch.ops.lora_engine.lora_delta",
@@ -217,5 +219,6 @@ CASES = (
         # The aim is 4 us where torch eager takes 7.3.
         faster={"torch eager": 1.8, TRANSPOSED_TORCH: None, DIRECT: None},
         traffic=_TRAFFIC,
+        flops=4 * RANK * inputs.FEATURES,
     ),
 )

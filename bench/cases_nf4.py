@@ -132,6 +132,7 @@ def _case(rows: int, shape: tuple[int, int], dtype: str, threads: int = 0, cold:
         faster=wanted,
         within=within,
         traffic=Traffic(packed + x, y, copies * packed + x + y, threads),
+        flops=2.0 * rows * out * features,
     )
 
 

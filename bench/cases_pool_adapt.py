@@ -72,6 +72,7 @@ CASES = (
         plain,
         within=1.5,
         traffic=Traffic(2 * _ROWS, 2 * _WEIGHTS, _WEIGHTS + 2 * _ROWS, threads=0),
+        flops=8 * RANK * inputs.FEATURES * USERS,
     ),
     Case(
         "batched_adapt with ewc (factor)",

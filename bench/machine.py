@@ -150,7 +150,8 @@ def kernels(place: Place) -> list[Kernel]:
     return found
 
 
-def _best_seconds(call: Callable[[], Any]) -> float:
+def best_seconds(call: Callable[[], Any]) -> float:
+    """Seconds of the quickest sample within PROBE_SECONDS."""
     count = calls_in(call, SAMPLE_SECONDS)
     until, best = perf_counter() + PROBE_SECONDS, float("inf")
     while best == float("inf") or perf_counter() < until:
@@ -177,7 +178,7 @@ class Machine:
         rates: dict[str, list[tuple[Rate, Kernel]]] = {READ: [], UPDATE: []}
         for kernel in kernels(place):
             with kernel.contender.mode():
-                rate = Rate(kernel.moved / _best_seconds(kernel.call), kernel.name)
+                rate = Rate(kernel.moved / best_seconds(kernel.call), kernel.name)
             rates[kernel.kind].append((rate, kernel))
             self.record(place, kernel.kind, rate)
         for found in rates.values():

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import environment
+from bench import environment, latency
 from bench.case import OURS, Case, Contender
 from bench.cases import CASES
 from bench.machine import Kernel, Machine, Place, honest_floor, place_of
@@ -29,9 +29,17 @@ def _us(seconds: float) -> float:
 
 
 def _times(times: Times, name: str) -> dict[str, Any]:
-    s = spread(times[name])
-    best = _us(float(times[name].min()))
-    return {"median_us": _us(s.median), "p10_us": _us(s.p10), "p90_us": _us(s.p90), "best_us": best}
+    rounds = times[name]
+    s = spread(rounds)
+    return {
+        "median_us": _us(s.median),
+        "p10_us": _us(s.p10),
+        "p90_us": _us(s.p90),
+        "best_us": _us(float(rounds.min())),
+        "worst_us": _us(float(rounds.max())),
+        "mean_us": _us(float(rounds.mean())),
+        "stddev_us": _us(float(rounds.std())),
+    }
 
 
 def _floor(
@@ -79,8 +87,13 @@ def _peer(case: Case, contender: Contender, times: Times) -> dict[str, Any]:
     return result | {"ratio": ratios, "wanted": wanted, "met": met}
 
 
-def measure(case: Case, machine: Machine, threads: int, rounds: int) -> dict[str, Any]:
-    """One row: everything checked, then timed. Raises AssertionError where wrong."""
+def measure(
+    case: Case, machine: Machine, threads: int, rounds: int, single_calls: float = 0.0
+) -> dict[str, Any]:
+    """One row: everything checked, then timed, and for so many seconds our single calls.
+
+    Raises AssertionError where wrong.
+    """
     row: dict[str, Any] = {"op": case.op, "shape": case.shape}
     try:
         contenders = case.build()
@@ -93,6 +106,8 @@ def measure(case: Case, machine: Machine, threads: int, rounds: int) -> dict[str
     probes = machine.observe(place) if place else []
     timing = paired(present + [kernel.contender for kernel in probes], rounds)
     times = timing.times
+    if single_calls:
+        row["latency"] = latency.describe(latency.sample(present[0], single_calls))
     return row | {
         "rounds": {"kept": len(times[OURS]), "taken": timing.taken},
         "waited_for_cpu": round(timing.waited, 3),

@@ -15,22 +15,24 @@ bool always() { return true; }
 
 #if defined(__x86_64__)
 // Not every compiler's __builtin_cpu_supports knows f16c.
-bool has_f16c() {
+[[maybe_unused]] bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 #ifdef LE_AVX512_ON_AVX2
-bool has_avx512() { return has_avx2(); }
-bool has_avx512_bf16() { return has_avx2(); }
+[[maybe_unused]] bool has_avx512() { return has_avx2(); }
+[[maybe_unused]] bool has_avx512_bf16() { return has_avx2(); }
 #else
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+[[maybe_unused]] bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
 #endif
 #endif
 
@@ -58,9 +60,13 @@ const Kernels *choose() {
 
 const IsaEntry isa_table[] = {
     {&kernels_generic, always},
-#if defined(__x86_64__)
+#ifdef LE_ISA_AVX2
     {&kernels_avx2, has_avx2},
+#endif
+#ifdef LE_ISA_AVX512
     {&kernels_avx512, has_avx512},
+#endif
+#ifdef LE_ISA_AVX512_BF16
     {&kernels_avx512_bf16, has_avx512_bf16},
 #endif
     {nullptr, nullptr},

@@ -8,11 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.config import MicroLoRAConfig
 from lora_engine.adapters.micro_lora import AdaptResult, MicroLoRA
 from lora_engine.adapters.pool import AdapterPool
 from lora_engine.backends import backends
-from lora_engine.errors import FormatError
+from lora_engine.errors import FormatError, StoreLocked
 from lora_engine.learning.ewc import EWC
 from lora_engine.learning.feedback import Feedback
 from lora_engine.ops import (
@@ -32,6 +33,10 @@ from lora_engine.ops import (
 )
 
 if TYPE_CHECKING:
+    from lora_engine.adapters.adapter import Adapter
+    from lora_engine.adapters.compose import compose_parallel, compose_sequential
+    from lora_engine.adapters.merge import merge_adapters
+    from lora_engine.adapters.store import AdapterStore
     from lora_engine.learning.feedback_buffer import FeedbackBuffer
     from lora_engine.learning.pipeline import TrainingPipeline
     from lora_engine.learning.sona import Sona
@@ -39,6 +44,9 @@ if TYPE_CHECKING:
     from lora_engine.learning.task_boundary import TaskBoundary
     from lora_engine.learning.training_config import TrainingConfig
     from lora_engine.learning.training_samples import TrainingSample
+    from lora_engine.quant.linear import NF4Linear
+    from lora_engine.quant.load import load_quantized
+    from lora_engine.quant.model import quantize
     from lora_engine.quant.nf4 import NF4Tensor
 
 __version__ = "0.1.0"
@@ -46,16 +54,20 @@ __version__ = "0.1.0"
 __all__ = [
     "EWC",
     "AdaptResult",
+    "Adapter",
     "AdapterPool",
+    "AdapterStore",
     "BatchedAdaptResult",
     "Feedback",
     "FeedbackBuffer",
     "FormatError",
     "MicroLoRA",
     "MicroLoRAConfig",
+    "NF4Linear",
     "NF4Tensor",
     "Sona",
     "SonaConfig",
+    "StoreLocked",
     "TaskBoundary",
     "TrainingConfig",
     "TrainingPipeline",
@@ -63,21 +75,29 @@ __all__ = [
     "backends",
     "batched_adapt",
     "batched_lora_delta",
+    "compose_parallel",
+    "compose_sequential",
     "ewc_step",
     "fisher_accumulate",
     "get_num_threads",
+    "load_quantized",
     "lora_delta",
     "lora_fisher",
     "lora_fisher_factors",
+    "merge_adapters",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
+    "quantize",
     "set_num_threads",
 ]
 
 
 _AT_FIRST_USE = {
+    "AdapterStore": "lora_engine.adapters.store",
+    "Adapter": "lora_engine.adapters.adapter",
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
+    "NF4Linear": "lora_engine.quant.linear",
     "NF4Tensor": "lora_engine.quant.nf4",
     "Sona": "lora_engine.learning.sona",
     "SonaConfig": "lora_engine.learning.sona_config",
@@ -85,6 +105,11 @@ _AT_FIRST_USE = {
     "TrainingConfig": "lora_engine.learning.training_config",
     "TrainingPipeline": "lora_engine.learning.pipeline",
     "TrainingSample": "lora_engine.learning.training_samples",
+    "compose_parallel": "lora_engine.adapters.compose",
+    "compose_sequential": "lora_engine.adapters.compose",
+    "load_quantized": "lora_engine.quant.load",
+    "merge_adapters": "lora_engine.adapters.merge",
+    "quantize": "lora_engine.quant.model",
 }
 
 

@@ -25,12 +25,20 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and puts its name on disk, where there is none."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -145,7 +153,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None], ours: frozenset[
         write(temporary)
         if replaces:
             os.chmod(temporary, stat.S_IMODE(folder.stat().st_mode))
-        _sync_folder(temporary)
+        sync_folder(temporary)
         if not replaces:
             os.rename(temporary, folder)
         elif not _exchange(temporary, folder):
@@ -153,7 +161,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None], ours: frozenset[
             os.rename(folder, old)
             os.rename(temporary, folder)
             shutil.rmtree(old, ignore_errors=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     finally:
         recover(folder)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -177,7 +185,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
         if path.exists():
             os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,7 +7,9 @@ import os
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 
+from lora_engine import merge_command
 from lora_engine.tuning import command
 
 
@@ -46,6 +48,29 @@ def _demo(args: argparse.Namespace) -> int:
     return demo.run(rounds=args.rounds, out=args.out)
 
 
+def _bench(args: argparse.Namespace) -> int:
+    """The benchmarks stand beside the package's source, not in the installed package."""
+    import lora_engine as le
+
+    for root in (Path.cwd(), Path(le.__file__).parents[1]):
+        if (root / "bench" / "command.py").is_file() and (root / "lora_engine").is_dir():
+            sys.path.insert(0, str(root))
+            break
+    else:
+        print(
+            "the benchmarks are in the source of lora_engine, not in the installed package: run"
+            " this in a checkout",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        from bench import command as benchmarks
+    except ModuleNotFoundError as missing:
+        print(f"bench needs {missing.name}: pip install '.[bench]'", file=sys.stderr)
+        return 1
+    return int(benchmarks.main(args.rest))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="lora-engine", description=__doc__)
@@ -64,7 +89,17 @@ def main(argv: list[str] | None = None) -> int:
     tune = commands.add_parser("tune", help="measure what is quickest on this CPU and GPU")
     command.add_arguments(tune)
     tune.set_defaults(run=command.run)
-    args = parser.parse_args(argv)
+    merge = commands.add_parser("merge", help="merge PEFT adapter folders into one")
+    merge_command.add_arguments(merge)
+    merge.set_defaults(run=merge_command.run)
+    bench = commands.add_parser(
+        "bench", add_help=False, help="latencies against peers, as a page to look at; in a checkout"
+    )
+    bench.set_defaults(run=_bench)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run is not _bench:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest  # bench reads its own arguments
     try:
         status = int(args.run(args))
         sys.stdout.flush()

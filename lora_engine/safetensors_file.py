@@ -9,6 +9,7 @@ anything is read for it.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import stat
@@ -75,7 +76,7 @@ def short(text: str) -> str:
 # ---- arrays -----------------------------------------------------------------
 
 _NAMES = {"uint8": "U8", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_OF_NAMES = {name: dtype for dtype, name in _NAMES.items()}
+OF_NAMES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def is_torch(array: Any) -> bool:
@@ -108,14 +109,14 @@ def raw_of(array: Any, where: str) -> Raw:
 
 def to_numpy(raw: Raw) -> np.ndarray:
     """A read-only view. Not for bfloat16, which NumPy lacks."""
-    return raw.data.view(_OF_NAMES[raw.dtype]).reshape(raw.shape)
+    return raw.data.view(OF_NAMES[raw.dtype]).reshape(raw.shape)
 
 
 def to_torch(raw: Raw) -> Any:
     """A copy, as tensors cannot be read-only."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, _OF_NAMES[raw.dtype])
+    dtype: torch.dtype = getattr(torch, OF_NAMES[raw.dtype])
     return torch.from_numpy(raw.data.copy()).view(dtype).reshape(raw.shape)
 
 
@@ -207,7 +208,7 @@ def read_tensor(file: BinaryIO, entry: Entry, source: str) -> Raw:
     return Raw(entry.dtype, entry.shape, np.frombuffer(data, np.uint8))
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: str | Path) -> BinaryIO:
     """Opens a plain file. Raises FormatError for a pipe or a folder, OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # no wait for a pipe
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -216,7 +217,95 @@ def open_file(path: Path) -> BinaryIO:
     return open(handle, "rb")
 
 
+_NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64,
+                          "I64": np.int64, "U8": np.uint8}  # fmt: skip
+
+
+def to_array(raw: Raw, where: str) -> np.ndarray:
+    """The tensor as NumPy has it, read-only; bfloat16 is widened to float32. Raises FormatError."""
+    if raw.dtype == "BF16":
+        wide = raw.data.view(np.uint16).astype(np.uint32) << np.uint32(16)
+        values: np.ndarray = wide.view(np.float32)
+    elif raw.dtype in _NUMPY:
+        values = raw.data.view(_NUMPY[raw.dtype])
+    else:
+        raise FormatError(f"{where}: dtype {raw.dtype} is not supported")
+    try:
+        return values.reshape(raw.shape)
+    except ValueError as error:
+        raise FormatError(f"{where}: {short(str(error))}") from None
+
+
+def read_all(data: bytes, source: str) -> tuple[dict[str, str], dict[str, Raw]]:
+    """The metadata and the tensors of safetensors bytes, by name. Raises FormatError, TypeError."""
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TypeError(f"{source}: data: expected bytes, got {type(data).__name__}")
+    file = io.BytesIO(data)
+    metadata, entries = read_header(file, source)
+    return metadata, {name: read_tensor(file, entries[name], source) for name in sorted(entries)}
+
+
+def from_bytes(data: bytes, source: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of safetensors bytes; bfloat16 is widened to float32.
+
+    Raises FormatError naming the source and the key.
+    """
+    metadata, raws = read_all(data, source)
+    tensors = {name: to_array(raw, f"{source}: {short(name)}") for name, raw in raws.items()}
+    return tensors, metadata
+
+
 # ---- writing ----------------------------------------------------------------
+
+
+def _layout(
+    content: Mapping[str, Raw | Entry], metadata: Mapping[str, str]
+) -> tuple[bytes, list[str]]:
+    """What stands before the data, and the tensors' order in it, as safetensors itself has them."""
+    order = sorted(content, key=lambda name: (_ORDER[content[name].dtype], name.encode()))
+    listing: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name in order:
+        dtype, shape, end = content[name].dtype, content[name].shape, at + content[name].nbytes
+        listing[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(listing, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, order
+
+
+def to_bytes(
+    tensors: Mapping[str, np.ndarray | Raw], key: str = "format", value: str = "pt"
+) -> bytes:
+    """safetensors bytes; the same tensors give the same bytes.
+
+    key, value: the metadata, one entry: safetensors writes several in any order. A Raw is for
+    bfloat16, which NumPy and so safetensors' writer for it lack.
+    """
+    arrays = {name: tensors[name] for name in sorted(tensors)}
+    if not any(isinstance(tensor, Raw) for tensor in arrays.values()):
+        from safetensors.numpy import save
+
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        return save(contiguous, metadata={key: value})
+    raws = {
+        name: tensor if isinstance(tensor, Raw) else _raw_of_numpy(tensor)
+        for name, tensor in arrays.items()
+    }
+    start, order = _layout(raws, {key: value})
+    return b"".join([start, *(raws[name].data.data for name in order)])
+
+
+def _raw_of_numpy(array: np.ndarray) -> Raw:
+    """An array of a dtype that ``to_array`` gives."""
+    dtype = next(name for name, known in _NUMPY.items() if array.dtype == known)
+    return Raw(dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def pack(metadata: Mapping[str, str], tensors: Mapping[str, Raw]) -> tuple[bytes, list[bytes]]:
+    """What a file begins with, and the data of each tensor in their order."""
+    start, order = _layout(tensors, metadata)
+    return start, [tensors[name].data.tobytes() for name in order]
 
 
 def _copy(old: BinaryIO, entry: Entry, new: BinaryIO, source: str) -> None:
@@ -246,19 +335,11 @@ def update_file(
             old = stack.enter_context(open_file(whole))
             header = read_header(old, str(path))
         kept = {name: entry for name, entry in header.entries.items() if name not in drop}
-        content: dict[str, Entry | Raw] = {**kept, **tensors}
-        order = sorted(content, key=lambda name: (_ORDER[content[name].dtype], name.encode()))
-        listing: dict[str, Any] = {"__metadata__": header.metadata} if header.metadata else {}
-        at = 0
-        for name in order:
-            dtype, shape, end = content[name].dtype, content[name].shape, at + content[name].nbytes
-            listing[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
-            at = end
-        text = json.dumps(listing, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-        text += b" " * (-len(text) % 8)
+        content: dict[str, Raw | Entry] = {**kept, **tensors}
+        start, order = _layout(content, header.metadata)
 
         def write(new: BinaryIO) -> None:
-            new.write(struct.pack("<Q", len(text)) + text)
+            new.write(start)
             for name in order:
                 tensor = content[name]
                 if isinstance(tensor, Raw):

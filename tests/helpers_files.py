@@ -7,6 +7,8 @@ import os
 import struct
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,13 @@ def edit_config(folder: Path, **changes: Any) -> None:
     """Changes keys of a folder's adapter_config.json."""
     path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """PEFT's and torch's own warnings are not ours to fail on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call(*args, **kwargs)
 
 
 def run_python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:

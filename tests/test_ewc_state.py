@@ -15,7 +15,7 @@ from helpers_ewc import (
 )
 
 import lora_engine as le
-from lora_engine.adapters import peft_format
+from lora_engine import safetensors_file
 
 pytestmark = [pytest.mark.usefixtures("ewc_backend"), pytest.mark.parametrize("form", FORMS)]
 
@@ -160,12 +160,12 @@ def test_a_damaged_file_is_refused(form, tmp_path):
 
 def rewritten(file, settings=None, **arrays):
     """The file with other settings or arrays, as well made as before."""
-    content, metadata = peft_format.from_bytes(file.read_bytes(), "test")
+    content, metadata = safetensors_file.from_bytes(file.read_bytes(), "test")
     own = json.loads(metadata["lora_engine_ewc"])
     own.update(settings or {})
     own = {key: value for key, value in own.items() if value is not None}
     file.write_bytes(
-        peft_format.to_bytes({**content, **arrays}, "lora_engine_ewc", json.dumps(own))
+        safetensors_file.to_bytes({**content, **arrays}, "lora_engine_ewc", json.dumps(own))
     )
 
 
@@ -194,7 +194,7 @@ def test_a_file_of_something_else_is_refused(form, tmp_path):
     ewc.target.set(2, *ewc.target.get(1))
     with pytest.raises(le.FormatError, match="other weights"):
         le.EWC.load(file, ewc.target)
-    file.write_bytes(peft_format.to_bytes({"a": np.ones(1, "f4")}))
+    file.write_bytes(safetensors_file.to_bytes({"a": np.ones(1, "f4")}))
     with pytest.raises(le.FormatError, match="lora_engine_ewc"):
         le.EWC.load(file, ewc.target)
 

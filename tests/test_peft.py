@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from helpers_files import (
     CONFIG,
     WEIGHTS,
     edit_config,
+    quietly,
     saved,
     trained,
 )
@@ -42,13 +42,6 @@ NAMES = [f"layers.{i}.{name}" for i in range(2) for name in ("q_proj", "v_proj")
 
 def deltas(lora: le.MicroLoRA, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([lora.forward(x, name) for name in NAMES], dim=-1)
-
-
-def quietly(call, *args, **kwargs):
-    """PEFT's and torch's own warnings are not ours to fail on."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return call(*args, **kwargs)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha/r", "rslora"])

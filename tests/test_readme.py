@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
+from bench import readme
+
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_examples_run_and_learn(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     blocks = [block for block in blocks if "cuda" not in block]
-    assert len(blocks) == 6
+    assert len(blocks) >= 6
     check = "assert result.applied.tolist() == [True, True, False, True]\n"
     check += "assert np.abs(y - target)[0].mean() < 0.5 * np.abs(target)[0].mean()\n"
     command = [sys.executable, "-c", blocks[0] + check + "".join(blocks[1:])]
@@ -43,3 +45,9 @@ def test_the_example_for_a_gpu_runs():
     command = [sys.executable, "-c", before + block + after]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_the_speed_table_is_that_of_its_results_file():
+    text = README.read_text(encoding="utf-8")
+    assert text == readme.generated(text), "python -m bench.readme --write"
+    assert "| aim |" in text

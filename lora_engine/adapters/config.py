@@ -31,7 +31,7 @@ def _whole(value: Any) -> int | None:
         return None
 
 
-def _is_name(value: Any) -> bool:
+def is_name(value: Any) -> bool:
     """Whether files can hold it as a module's name."""
     return isinstance(value, str) and value != "" and value.isprintable()
 
@@ -92,7 +92,7 @@ class MicroLoRAConfig:
         check("target_modules", ordered, "a sequence of names")
         names = tuple(names)
         check("target_modules", len(names) > 0, "at least one name")
-        check("target_modules", all(map(_is_name, names)), "names of printable text")
+        check("target_modules", all(map(is_name, names)), "names of printable text")
         check("target_modules", len(set(names)) == len(names), "names that differ")
         object.__setattr__(self, "target_modules", names)
         if self.shapes is not None:

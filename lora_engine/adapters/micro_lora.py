@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import os
 import zlib
+from collections.abc import Mapping
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lora_engine import ops
+from lora_engine.adapters import initial
+from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.config import MicroLoRAConfig
 from lora_engine.adapters.exploration import Baseline, Explorer, checked_sigma
 from lora_engine.adapters.pending import PendingGradient
@@ -29,9 +33,9 @@ _new = tuple.__new__  # a third of the cost of a NamedTuple's own constructor
 
 def _files() -> Any:
     """The reader and writer of folders, imported at first use: it takes as long as the rest."""
-    from lora_engine.adapters import peft_format
+    from lora_engine.adapters import micro_folder
 
-    return peft_format
+    return micro_folder
 
 
 class AdaptResult(NamedTuple):
@@ -88,9 +92,7 @@ class MicroLoRA:
             if shape not in pools:
                 pools[shape] = AdapterPool(*shape, seed=config.seed)
             pool = pools[shape]
-            bound = 1.0 / math.sqrt(shape[0])
-            A = rng.uniform(-bound, bound, (config.rank, shape[0])).astype(np.float32)
-            slot = pool.add(A, np.zeros((shape[1], config.rank), np.float32), config.scaling)
+            slot = pool.add(*initial.weights(rng, config.rank, *shape), config.scaling)
             self._modules[name] = _Module(name, pool, slot)
 
     def __repr__(self) -> str:
@@ -217,10 +219,7 @@ class MicroLoRA:
         """Learns from a quality, then updates the module's baseline."""
         start = perf_counter()
         step = self._quality_step_of(m, lr, ewc)
-        last = None
-        if feedback.trace is None and feedback.output is None:
-            last = self._explorer.take(module)
-        grad, why = feedback.quality_gradient(self, x, module, m.baseline.value, last)
+        grad, why = self._quality_gradient(x, feedback, module, m)
         if grad is None:
             outcome, norm = ops.NO_ADAPTER, 0.0
         else:
@@ -228,6 +227,15 @@ class MicroLoRA:
             why = ops.NOTES[outcome]
         m.baseline.update(feedback.quality)
         return AdaptResult(outcome == _APPLIED, why, (perf_counter() - start) * 1e6, norm)
+
+    def _quality_gradient(
+        self, x: Any, feedback: Feedback, module: str, m: _Module
+    ) -> tuple[Any, str]:
+        """dL/dy and "", or None and why: with this thread's last trace where nothing was given."""
+        last = None
+        if feedback.trace is None and feedback.output is None:
+            last = self._explorer.take(module)
+        return feedback.quality_gradient(self, x, module, m.baseline.value, last)
 
     def _take_gradient(
         self, x: Any, grad: Any, m: _Module, lr: float | None, step: Any
@@ -316,20 +324,13 @@ class MicroLoRA:
         m.pool.set(m.slot, A, B, self.config.scaling)
         m.clear()
 
-    def _tensors(self) -> dict[str, np.ndarray]:
-        factors = {name: self.weights(name)[:2] for name in self._modules}
-        tensors: dict[str, np.ndarray] = _files().to_tensors(factors)
-        return tensors
-
-    def _set_tensors(self, tensors: dict[str, np.ndarray], source: str) -> None:
-        factors = _files().from_tensors(tensors, source)
-        _files().check_modules(factors, self.config, source)
+    def _set_factors(self, factors: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         for name, (A, B) in factors.items():
             self.set_weights(name, A, B)
 
     def export_weights(self) -> bytes:
         """The weights as safetensors bytes, under PEFT's key names."""
-        data: bytes = _files().to_bytes(self._tensors())
+        data: bytes = _files().weights_bytes(Adapter.from_micro_lora(self))
         return data
 
     def import_weights(self, data: bytes) -> None:
@@ -338,7 +339,7 @@ class MicroLoRA:
         Raises FormatError, changing nothing, where the bytes are damaged or hold
         other modules or shapes than the config.
         """
-        self._set_tensors(_files().from_bytes(data, "import_weights")[0], "import_weights")
+        self._set_factors(_files().read_factors(data, self.config, "import_weights"))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """A PEFT adapter folder, and beside it the engine's own state (steps, baselines).
@@ -347,11 +348,17 @@ class MicroLoRA:
         else it holds is kept; PEFT ignores the state file. Raises OSError, and
         ValueError for the working folder, which cannot be replaced.
         """
+        self._save_with(folder, {})
+
+    def _save_with(self, folder: str | os.PathLike[str], beside: Mapping[str, bytes]) -> None:
+        """beside: other files of the folder, which are replaced with it."""
+        from lora_engine.adapters import peft_format
+
         steps = {name: m.steps for name, m in self._modules.items()}
         baselines = {name: m.baseline.value for name, m in self._modules.items()}
         known = {name: value for name, value in baselines.items() if value is not None}
-        content = _files().Folder(self.config, self._tensors(), steps, known, self._peft_config)
-        _files().save(folder, content)
+        state = partial(_files().state_bytes, self.config, _files().State(steps, known))
+        peft_format.save(folder, Adapter.from_micro_lora(self), state, beside)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> MicroLoRA:
@@ -361,11 +368,27 @@ class MicroLoRA:
         FileNotFoundError. A state file that belongs to other weights is dropped
         with a warning.
         """
-        content = _files().load(folder)
-        lora = cls(content.config)
-        lora._set_tensors(content.tensors, os.fspath(folder))
-        lora._peft_config = content.peft_config
+        from lora_engine.adapters import peft_format
+
+        adapter, config, state = _files().load(peft_format.read_folder(folder))
+        lora = cls._holding(adapter, config)
         for name, m in lora._modules.items():
-            m.steps = content.steps.get(name, 0)
-            m.baseline = Baseline(content.baselines.get(name))
+            m.steps = state.steps.get(name, 0)
+            m.baseline = Baseline(state.baselines.get(name))
+        return lora
+
+    @classmethod
+    def from_adapter(cls, adapter: Adapter) -> MicroLoRA:
+        """A MicroLoRA with an adapter's weights.
+
+        Raises FormatError naming what a MicroLoRA cannot hold: ranks or scalings that differ,
+        embeddings, biases, modules_to_save.
+        """
+        return cls._holding(adapter, _files().config_of(adapter, "MicroLoRA.from_adapter"))
+
+    @classmethod
+    def _holding(cls, adapter: Adapter, config: MicroLoRAConfig) -> MicroLoRA:
+        lora = cls(config)
+        lora._set_factors({name: (w.A, w.B) for name, w in adapter.modules.items()})
+        lora._peft_config = dict(adapter.peft_config)
         return lora

@@ -79,16 +79,6 @@ def rollback(m: Module) -> bool:
     return True
 
 
-def replace(m: Module, A: Array, B: Array) -> None:
-    """Serves given weights as the consolidated ones; sessions begin anew."""
-    slot = m.pool.add(A, B, m.scaling)
-    with m.lock:
-        old, m.served = m.served, Served(slot, {}, {})
-        m.forget()
-        m.pool.remove_all(old.slots())
-        m.fisher, m.samples = None, 0.0
-
-
 # ---- one step each ----------------------------------------------------------
 
 
@@ -120,12 +110,12 @@ def _joined(m: Module, older: Fast, newer: Fast) -> Fast:
     A, B = np.concatenate([A, more_A]), np.concatenate([B, more_B], axis=1)
     if len(A) > JOINED_RANKS * m.rank:
         A, B = _low_rank_sum(m, older.slot, [newer.slot], [1.0])
-    made = Fast(m.pool.add(A, B, m.scaling), newer.baseline)
+    made = Fast(m.pool.add(A, B, m.scaling), m.in_features, newer.baseline)
     m.hold(made.slot, A)
     m.sums.begin(made.slot)
     for rows in m.sums:
         np.add(rows[older.slot], rows[newer.slot], out=rows[made.slot])
-    made.inputs = older.inputs + newer.inputs
+    np.add(older.inputs, newer.inputs, out=made.inputs)
     made.quality = older.quality + newer.quality
     made.pending = older.pending + newer.pending
     return made

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_engine import ops
-from lora_engine.learning.progress import Bar
 from lora_engine.learning.sona_config import SonaConfig
 from lora_engine.learning.sona_module import Array, Module
 from lora_engine.learning.training_samples import TrainingSample, imitation
+from lora_engine.progress import Bar
 
 FEWEST = 5  # samples, of which one is held out
 

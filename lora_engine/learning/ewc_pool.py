@@ -46,6 +46,7 @@ class PoolEwc:
         self._merge = merge_factors if form == "delta" else merge_weights
         self._moving = moving(pool, fisher_samples)
         self._recorded: dict[int, int] = {}  # slots with a record, and whose they were
+        self._changes: dict[int, int] = {}  # by slot: of the record, and of the average as a whole
         self._step: tuple[Any, Any] = (None, None)  # the last (lr, max_norm), and its step
 
     def step(self, lr: float, max_norm: float | None = None) -> Any:
@@ -62,13 +63,21 @@ class PoolEwc:
     def set(self, slot: int, first: Any, second: Any) -> None:
         with self.pool._pending_lock:
             self._storage.set(slot, self.pool._slices_of(first), self.pool._slices_of(second))
-            self._recorded[slot] = self.pool._owners.of_one(slot)
+            self._now_recorded(slot)
 
     def remove(self, slot: int) -> None:
         with self.pool._pending_lock:
             self._storage.remove(slot)
             self._recorded.pop(slot, None)
             self._moving.forget(slot)
+            self._changed(slot)
+
+    def _now_recorded(self, slot: int) -> None:
+        self._recorded[slot] = self.pool._owners.of_one(slot)
+        self._changed(slot)
+
+    def _changed(self, slot: int) -> None:
+        self._changes[slot] = self._changes.get(slot, 0) + 1
 
     def _record(self, slot: int) -> Record | None:
         """A slot's record, if the adapter that is in it now has one."""
@@ -132,7 +141,7 @@ class PoolEwc:
         old = self._record(slot)
         fisher = self._merge(old[:2] if old else None, self._moving.mean(slot), self.gamma)
         self._storage.set(slot, *fisher)
-        self._recorded[slot] = self.pool._owners.of_one(slot)
+        self._now_recorded(slot)
         self._moving.forget(slot)
 
     # ---- state ----
@@ -144,6 +153,29 @@ class PoolEwc:
             in_use = [slot for slot in slots if self.pool._owners.of_one(slot)]
             return {slot: self._state(slot) for slot in in_use}
 
+    def version(self, slot: int) -> tuple[int, int]:
+        """Differs after every change to what is kept of a slot."""
+        with self.pool._pending_lock:
+            return self._changes.get(slot, 0), self._moving.samples(slot)
+
+    def state(self, slot: int) -> SlotState:
+        """What is kept of a slot."""
+        with self.pool._pending_lock:
+            return self._state(slot)
+
+    def put(self, slot: int, state: SlotState) -> None:
+        """Replaces what is kept of a slot by a state that was checked."""
+        self.remove(slot)
+        with self.pool._pending_lock:
+            self._put(slot, state)
+
+    def _put(self, slot: int, state: SlotState) -> None:
+        if state.record:
+            self._storage.restore(slot, *state.record)
+            self._now_recorded(slot)
+        if state.mean:
+            self._moving.put(slot, state.mean, state.samples)
+
     def _state(self, slot: int) -> SlotState:
         samples = self._moving.samples(slot)
         mean = self._moving.mean(slot) if samples else None
@@ -154,13 +186,10 @@ class PoolEwc:
         with self.pool._pending_lock:
             self._check_in_use(np.array(sorted(states), np.int64))
             for slot in self._recorded:
+                self._changed(slot)
                 if self.pool._owners.of_one(slot):
                     self._storage.remove(slot)
             self._recorded.clear()
             self._moving.clear()
             for slot, state in states.items():
-                if state.record:
-                    self._storage.restore(slot, *state.record)
-                    self._recorded[slot] = self.pool._owners.of_one(slot)
-                if state.mean:
-                    self._moving.put(slot, state.mean, state.samples)
+                self._put(slot, state)

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from lora_engine import atomic
-from lora_engine.adapters import peft_format
+from lora_engine import atomic, safetensors_file
 from lora_engine.adapters.micro_lora import MicroLoRA
 from lora_engine.adapters.pool import AdapterPool
 from lora_engine.errors import FormatError
@@ -164,6 +163,30 @@ def from_arrays(ewc: EWC, arrays: Mapping[str, np.ndarray]) -> None:
         held.load(states)
 
 
+# ---- one slot, for an AdapterStore, which knows no slot by number --------------
+
+_ANY = "0"
+
+
+def to_slot_arrays(ewc: EWC, slot: int) -> Arrays:
+    """As of slot 0."""
+    held, slot = ewc._find("slot_state", slot)
+    arrays: Arrays = {}
+    _put(arrays, ewc.form, _ANY, held.state(slot))
+    return arrays
+
+
+def from_slot_arrays(ewc: EWC, slot: int, arrays: Mapping[str, np.ndarray]) -> None:
+    fields: Arrays = {}
+    for key, value in arrays.items():
+        field, part, name = _split(key, ewc.form)
+        if name != _ANY:
+            raise ValueError(f"EWC state: {short(key)}: expected that of one slot")
+        fields[f"{field}.{part}"] = value
+    held, slot, state = _group(ewc, str(slot), fields)
+    held.put(slot, state)
+
+
 # ---- files ------------------------------------------------------------------
 
 
@@ -188,7 +211,7 @@ def save(ewc: EWC, file: str | os.PathLike[str]) -> None:
     arrays = to_arrays(ewc)
     own: dict[str, Any] = {name: getattr(ewc, name) for name in _SETTINGS}
     own["weights_sha256"] = _digest(ewc, _names(arrays, ewc.form))
-    data = peft_format.to_bytes(arrays, _KEY, json.dumps(own))
+    data = safetensors_file.to_bytes(arrays, _KEY, json.dumps(own))
 
     def write(to: BinaryIO) -> None:
         to.write(data)
@@ -212,7 +235,7 @@ def load(file: str | os.PathLike[str], lora_or_pool: MicroLoRA | AdapterPool) ->
 
     source = os.fspath(file)
     with open_file(Path(os.path.realpath(file))) as opened:
-        arrays, metadata = peft_format.from_bytes(opened.read(), source)
+        arrays, metadata = safetensors_file.from_bytes(opened.read(), source)
     own = _settings(metadata.get(_KEY, ""), source)
     try:
         ewc = EWC(lora_or_pool, **{name: own[name] for name in _SETTINGS})

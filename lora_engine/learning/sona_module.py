@@ -30,10 +30,10 @@ class Fast:
 
     __slots__ = ("baseline", "inputs", "pending", "quality", "slot")
 
-    def __init__(self, slot: int, baseline: Baseline) -> None:
+    def __init__(self, slot: int, in_features: int, baseline: Baseline) -> None:
         self.slot = slot
         self.baseline = baseline
-        self.inputs: Any = 0.0  # sum of x [in], where it is asked for
+        self.inputs = np.zeros(in_features, np.float32)  # sum of x, where it is asked for
         self.quality = 0.0  # sum over samples
         self.pending = 0  # samples that no consolidation has seen
 
@@ -171,7 +171,7 @@ class Module:
             slot = self.pool.add(self.A, self.B, self.scaling)
             self.sums.begin(slot)
             self.hold(slot, self.A)
-            fast = Fast(slot, baseline)
+            fast = Fast(slot, self.in_features, baseline)
             self.served.fast[session] = fast
         return fast
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lora_engine import ops
-from lora_engine.learning.progress import Bar, interrupts_held
 from lora_engine.learning.training_samples import Imitation, TrainingSample, imitation
+from lora_engine.progress import Bar, interrupts_held
 
 if TYPE_CHECKING:
     from lora_engine.adapters.micro_lora import MicroLoRA

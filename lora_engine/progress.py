@@ -16,8 +16,9 @@ _PATIENCE = 1.0  # seconds of work before there is a bar
 class Bar:
     """A bar on standard error once the work has taken a second; on terminals, and with rich."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total, self._done = what, total, 0
+    def __init__(self, what: str, total: int | None = None) -> None:
+        """total: None where it is not known yet; set it once it is."""
+        self._what, self.total, self._done = what, total, 0
         self._start = perf_counter()
         self._bar: Any = None
         self._wanted = sys.stderr is not None and sys.stderr.isatty()
@@ -25,12 +26,13 @@ class Bar:
     def __enter__(self) -> Bar:
         return self
 
-    def advance(self, done: int, loss: float) -> None:
+    def advance(self, done: int, loss: float | None = None) -> None:
         self._done += done
         if self._wanted and self._bar is None and perf_counter() - self._start > _PATIENCE:
             self._show()
         if self._bar is not None:
-            self._bar.update(0, completed=self._done, loss=loss)
+            note = "" if loss is None else f"loss {loss:.4g}"
+            self._bar.update(0, completed=self._done, total=self.total, note=note)
 
     def _show(self) -> None:
         try:
@@ -43,10 +45,10 @@ class Bar:
             TextColumn(self._what),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4g}"),
+            TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
         )
-        self._bar.add_task(self._what, total=self._total, loss=float("nan"))
+        self._bar.add_task(self._what, total=self.total, note="")
         self._bar.start()
 
     def __exit__(self, *_: object) -> None:

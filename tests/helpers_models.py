@@ -1,0 +1,80 @@
+"""What the tests on whole models share: tiny ones from configurations, MiniLM, PEFT's adapters."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the extra [hf] is not installed")
+
+VOCAB = 97
+# What PEFT is told to adapt in each of the tiny models: all kinds of layers, MLP too.
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "bert": ["query", "value", "output.dense"],
+}
+TINY = tuple(TARGETS)
+
+
+def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """PEFT's and transformers' own warnings are not ours to fail on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call(*args, **kwargs)
+
+
+def tiny(kind: str, dtype: str = "float32", seed: int = 0) -> Any:
+    """A model of two layers, 64 wide, in eval mode: "llama" (k and v narrower), "gpt2" (Conv1D,
+    head tied to the embedding), "bert" (biases, pooler)."""
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.1}
+    if kind == "llama":
+        config = transformers.LlamaConfig(
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **special,
+        )  # fmt: skip
+        made = transformers.LlamaForCausalLM
+    elif kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=64,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **special,
+        )  # fmt: skip
+        made = transformers.GPT2LMHeadModel
+    else:
+        config = transformers.BertConfig(
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=64, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, pad_token_id=0, initializer_range=0.1,
+        )  # fmt: skip
+        made = transformers.BertModel
+    torch.manual_seed(seed)
+    model = made(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # biases that are not zero
+            if name.endswith("bias"):
+                parameter.normal_(std=0.02)
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def tokens(rows: int = 3, length: int = 9, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (rows, length), generator=generator)
+
+
+def output(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Logits, or the last hidden state of a model without a head."""
+    found = model(input_ids=ids, **options)
+    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The least cosine of two rows."""
+    a, b = (t.detach().float().reshape(-1, t.shape[-1]) for t in (a, b))
+    return float(torch.cosine_similarity(a, b, dim=-1).min())

@@ -1,0 +1,301 @@
+"""The report of ``lora-engine bench``: its page, files, comparison. Nothing is timed here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import helpers_report
+import numpy as np
+import pytest
+
+from bench import command, compare, formats, growth, instructions, latency, page, suite
+from lora_engine.cli import main
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--enable-logging=stderr", "--virtual-time-budget=3000",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return helpers_report.report()
+
+
+@pytest.fixture(scope="module")
+def html(report: dict[str, Any]) -> str:
+    return page.render(report)
+
+
+def _text(html: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+
+
+# ---- the page ----
+
+
+def test_a_failed_row_has_no_number(html: str) -> None:
+    line = next(line for line in re.findall(r"(?s)<tr.*?</tr>", html) if "FAILED" in line)
+    assert "error 0.5 &lt;script&gt;" in line
+    assert re.findall(r"\d+(?:\.\d+)?", _text(line).replace("error 0.5", "")) == ["64"]  # its shape
+    assert "1 cases, " not in html
+    assert "2 failed" in html  # a case, and a point of a curve
+
+
+def test_the_page_says_what_was_aimed_at_and_missed(html: str) -> None:
+    text = _text(html)
+    assert "2.5x, met" in text
+    assert "8x, MISSED" in text
+    assert "≤ 1.5, met" in text
+    assert "1 aims missed" in text
+    assert "peft is not installed" in text
+    assert "+30.0 ms" in text
+    assert "too few" in text  # calls for p99.9
+    assert "peft absent: not installed" in text
+
+
+def test_the_page_needs_nothing_else(html: str) -> None:
+    assert not re.search(r"<(script|link|img|iframe)\b", html)
+    assert not re.findall(r"(?:src|href)=\"(?!#)[^\"]*\"", html)
+    assert "@import" not in html
+    assert "A &lt;CPU&gt; &amp; more" in html
+
+
+def test_the_page_has_a_picture_of_each_kind(html: str) -> None:
+    for label in (
+        "operations a byte",
+        "peer's time over ours",
+        "us a call",
+        "bytes over bandwidth",
+    ):
+        assert label in html, label
+    assert html.count("<svg") == 1 + 1 + 4 + 2  # roofline, ratios, latencies, curves
+
+
+def test_every_tag_is_closed(html: str) -> None:
+    class Balance(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.open: list[str] = []
+
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            if tag not in ("meta", "br"):
+                self.open.append(tag)
+
+        def handle_startendtag(self, tag: str, attrs: Any) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open.pop() == tag
+
+    parser = Balance()
+    parser.feed(html)
+    assert parser.open == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium (Debian's package) is not installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_without_errors_or_overflow(
+    html: str, width: int, tmp_path: Path
+) -> None:
+    probe = (
+        "<script>document.title = JSON.stringify({over: document.documentElement.scrollWidth -"
+        " innerWidth, pictures: [...document.querySelectorAll('svg')].every(s =>"
+        " s.getBoundingClientRect().width > 100)})</script></body>"
+    )
+    file = tmp_path / "report.html"
+    file.write_text(html.replace("</body>", probe))
+    run = subprocess.run(
+        [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}",
+         f"--window-size={width},2000", "--dump-dom", file.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    found = re.search(r"<title>(.*?)</title>", run.stdout)
+    assert found, run.stderr[-500:]
+    seen = json.loads(found[1])
+    assert seen["pictures"], seen
+    assert seen["over"] <= 0, seen
+    assert "CONSOLE" not in run.stderr, run.stderr[-2000:]
+
+
+# ---- files ----
+
+
+def test_csv_has_a_line_for_each_contender(report: dict[str, Any]) -> None:
+    lines = list(csv.DictReader(io.StringIO(formats.as_csv(report))))
+    assert len(lines) == 3 + 2 + 2 + 2 + 1 + 1  # of each row: ours and its peers
+    by = {(line["op"], line["contender"]): line for line in lines}
+    assert by["lora.forward", "NumPy"]["ratio"] == "4.7"
+    assert by["lora.adapt", "by hand"]["met"] == "False"
+    assert by["broken", "lora_engine"]["median_us"] == ""
+    assert by["broken", "lora_engine"]["status"].startswith("wrong")
+
+
+def test_pytest_benchmark_reads_its_file(report: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps(formats.as_pytest_benchmark(report)))
+    out = tmp_path / "out.csv"
+    subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", "compare", str(file), f"--csv={out}"],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    lines = list(csv.DictReader(io.StringIO(out.read_text())))
+    assert {line["name"] for line in lines} >= {"lora.forward, 4096, r=2: NumPy"}
+    ours = next(line for line in lines if line["name"] == "lora.adapt, 4096, r=2: lora_engine")
+    assert float(ours["median"]) == pytest.approx(7.0e-6)
+
+
+def test_write_replaces_a_report_whole(report: dict[str, Any], tmp_path: Path) -> None:
+    first = command.write(report, tmp_path / "r")
+    assert [f.name for f in first] == [
+        "report.json", "pytest-benchmark.json", "report.csv", "report.html",
+    ]  # fmt: skip
+    command.write(report | {"rows": []}, tmp_path / "r")
+    assert json.loads(first[0].read_text())["rows"] == []
+    assert len(list((tmp_path / "r").iterdir())) == 4
+
+
+# ---- comparison ----
+
+
+def _ratio(report: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The report of an engine whose lora.forward takes ``factor`` times as long."""
+    now = json.loads(json.dumps(report))
+    for peer in now["rows"][0]["peers"]:
+        for key in ("median", "p10", "p90"):
+            peer["ratio"][key] /= factor
+    return now
+
+
+@pytest.mark.parametrize(
+    ("factor", "word", "lost"),
+    [(1.0, "", False), (1.02, "", False), (1.08, "slower", False), (1.3, "LOST", True),
+     (0.7, "faster", False)],
+)  # fmt: skip
+def test_compare_tells_a_loss_from_noise(
+    report: dict[str, Any], factor: float, word: str, lost: bool
+) -> None:
+    found, left = compare.changes(report, _ratio(report, factor))
+    text = compare.lines(found, left)
+    assert any(line.startswith(f"{word}: lora.forward") for line in text) == bool(word)
+    assert any(c.lost for c in found) is lost
+    assert next(c for c in found if "forward" in c.case).factor == pytest.approx(factor)
+    assert sum("not compared" in line for line in text) == 3  # wrong, absent, by milliseconds
+
+
+def test_a_clock_of_wide_spread_hides_a_loss(report: dict[str, Any]) -> None:
+    now = _ratio(report, 1.3)
+    for peer in now["rows"][0]["peers"]:
+        peer["ratio"]["p90"] = 4 * peer["ratio"]["p10"]
+    found, _ = compare.changes(report, now)
+    assert not any(c.lost for c in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"schema": "other"}, "schema"),
+        ({"schema_version": 99}, "version 1"),
+        ({"rows": None}, "rows"),
+    ],
+)
+def test_a_file_of_another_schema_is_refused(
+    report: dict[str, Any], change: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(report | change))
+    with pytest.raises(compare.Unusable, match=why):
+        compare.load(file)
+    file.write_text("{")
+    with pytest.raises(compare.Unusable, match="expected a report"):
+        compare.load(file)
+
+
+def test_a_report_of_another_machine_is_not_compared(report: dict[str, Any]) -> None:
+    compare.check_machine(report, report)
+    other = report | {"machine": report["machine"] | {"cpu": "another"}}
+    with pytest.raises(compare.Unusable, match="cpu"):
+        compare.check_machine(report, other)
+    with pytest.raises(compare.Unusable, match="threads"):
+        compare.check_machine(report, report | {"threads": 4})
+
+
+# ---- what is measured ----
+
+
+def test_an_unknown_op_or_shape_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--op", "nosuch"]) == 2
+    said = capsys.readouterr().err
+    assert "'nosuch'" in said
+    assert "fisher_accumulate" in said
+    assert main(["bench", "--op", "lora.forward", "--shape", "9999"]) == 2
+    assert "4096, r=2, one row" in capsys.readouterr().err
+    assert main(["bench", "--compare", "/nonexistent.json"]) == 2
+
+
+def test_select_keeps_growth_for_whole_runs() -> None:
+    assert suite.select([], []).whole
+    chosen = suite.select(["lora.forward"], ["one row"])
+    assert [c.op for c in chosen.cases] == [
+        "lora.forward(x, m, out=y), NumPy", "lora.forward(x, m, out=y), torch",
+    ]  # fmt: skip
+    assert not chosen.whole
+
+
+def test_percentiles_are_of_single_calls_and_need_enough_of_them() -> None:
+    ns = np.arange(1, 2001) * 1000
+    found = latency.describe(ns)
+    assert found["p50_us"] == pytest.approx(1000.5)
+    assert found["p99_us"] == pytest.approx(1980.01)
+    assert found["p99.9_us"] is None  # two calls are beyond it
+    assert found["max_us"] == 2000
+    counts, edges = found["histogram"]["counts"], found["histogram"]["edges_us"]
+    assert sum(counts) == 2000
+    assert edges[0] <= 1
+    assert edges[-1] >= 2000
+
+
+def test_points_of_growth_are_held_to_the_reference() -> None:
+    point = growth.Point(rows=3, rank=2, adapters=2, hidden=64)
+    contender, _ = growth._contender(point)
+    contender.verify()
+    found = list(growth.points(quick=False, threads=2))
+    assert {axis for axis, _, _ in found} == set(growth.AXES)
+    assert all(p.rows >= p.adapters for axis, _, p in found if axis == "adapters")
+    assert [value for axis, value, _ in found if axis == "threads"] == [1, 2]
+
+
+# ---- instruction counts ----
+
+
+def _counts(**ops: float) -> dict[str, Any]:
+    return {"isa": "avx2", "compiler": "GCC 12", "instructions": ops}
+
+
+def test_instruction_counts_are_compared_exactly() -> None:
+    result = instructions.compare(_counts(a=1000.0, b=500.0), _counts(a=1001.0, b=500.0))
+    assert result.lines == [
+        "changed: a: 1000 -> 1001 instructions (1.001x)", "1 of 2 ops unchanged",
+    ]  # fmt: skip
+    assert not result.lost
+    assert instructions.compare(_counts(a=1000.0), _counts(a=1020.0)).lost
+    assert instructions.compare(_counts(a=1000.0), _counts(b=1.0)).lost  # a is gone
+    assert not instructions.compare(_counts(a=1000.0), _counts(a=900.0)).lost
+
+
+def test_counts_of_another_compiler_are_not_compared() -> None:
+    other = _counts(a=5000.0) | {"compiler": "GCC 13"}
+    result = instructions.compare(_counts(a=1000.0), other)
+    assert not result.lost
+    assert "compiler" in result.lines[0]
