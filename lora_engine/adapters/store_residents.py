@@ -197,8 +197,16 @@ class Residents:
 
     # ---- writing ----
 
-    def snapshot(self, it: Resident) -> Stored:
-        """Needs it.lock."""
+    def stored(self, user: str) -> Stored | None:
+        """What a resident adapter's file would hold now."""
+        with self.lock:
+            it = self._users.get(user)
+        if it is None:
+            return None
+        with it.lock:
+            return None if it.slot < 0 else self._snapshot(it)
+
+    def _snapshot(self, it: Resident) -> Stored:
         A, B, scaling = self.pool.get(it.slot)
         if not self.pool._sliced:
             A, B = [A], [B]
@@ -213,7 +221,7 @@ class Residents:
             version = self._version(it)
             if version == it.saved:
                 return
-            parts = store_file.encode(it.user, self.snapshot(it), self.pool.dtype)
+            parts = store_file.encode(it.user, self._snapshot(it), self.pool.dtype)
 
             def write(file: BinaryIO) -> None:
                 file.writelines(parts)
