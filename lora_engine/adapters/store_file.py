@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_engine.adapters.peft_config import MAX_RANK
 from lora_engine.errors import FormatError
 from lora_engine.safetensors_file import (
     Header,
@@ -31,7 +32,7 @@ from lora_engine.safetensors_file import (
 
 MAX_USER = 1 << 16  # bytes
 MAX_FILE = 1 << 30
-MAX_RANK = 65536
+
 
 _NO_DIGEST = "0" * 64
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
