@@ -257,6 +257,5 @@ def _directions(rows: F64) -> tuple[F64, NDArray[np.bool_]]:
     largest = np.abs(kept).max(axis=1, initial=0.0, keepdims=True)
     scaled = np.divide(kept, largest, out=np.zeros_like(kept), where=largest > 0)
     length = np.linalg.norm(scaled, axis=1, keepdims=True)
-    there: NDArray[np.bool_] = np.greater(length, 0.0)
-    unit = np.divide(scaled, length, out=np.zeros_like(scaled), where=there)
-    return unit, there[:, 0]
+    unit = np.divide(scaled, length, out=np.zeros_like(scaled), where=length > 0)
+    return unit, np.ravel(length) > 0

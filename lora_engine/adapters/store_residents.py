@@ -54,8 +54,9 @@ class Resident:
 class Residents:
     """The users in a pool, least recently asked for first.
 
-    ``lock`` is held while they come and go: methods that say so are called with it. Who wants
-    it too holds it before a resident's own lock, and does not wait for that.
+    ``lock`` is held while they come and go: methods that say so are called with it. It is taken
+    before a resident's own lock, never after; whoever looks for room does not wait for that one,
+    which is held while a file is written.
     """
 
     def __init__(self, pool: AdapterPool, most: int) -> None:
@@ -86,9 +87,9 @@ class Residents:
         """Needs the lock, and room in the pool."""
         A, B = (stored.A, stored.B) if self.pool._sliced else (stored.A[0], stored.B[0])
         added = Resident(user, path, self.pool.add(A, B, stored.scaling), stored.state)
+        self._users[user] = added  # whatever comes of its state
         self._hand_over(added)
         added.saved = self._version(added)
-        self._users[user] = added
         return added
 
     def make_room(self) -> bool:
