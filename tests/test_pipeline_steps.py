@@ -246,17 +246,57 @@ def test_a_boundary_that_fires_starts_a_task():
     assert pipe._protection.ewc.tasks == 1
 
 
-@pytest.mark.parametrize(
-    ("quality", "want"), [(0.25, 0.75), (None, None)], ids=["quality", "gradient"]
-)
-def test_a_boundary_sees_what_rises_with_a_new_task(quality, want):
-    class Rated(le.Feedback):
-        quality = None
-
-    Rated.quality = quality
+def test_a_boundary_sees_what_rises_with_a_new_task():
     seen = []
     lora = trained(7, 5)
     pipe = le.TrainingPipeline(boundary=SimpleNamespace(update=seen.append))
     pipe.init_for_lora(lora)
-    result = pipe.train_step(lora, X, Rated(*le.Feedback.from_gradient(Y)), module="q")
-    assert seen == [result.grad_norm if want is None else want]
+    by_gradient = pipe.train_step(lora, X, le.Feedback.from_gradient(Y), module="q")
+    by_target = pipe.train_step(lora, X, TARGET(Y), module="q")
+    for quality in (0.5, 0.25):
+        _, trace = lora.forward(X, "q", explore=0.1, return_trace=True)
+        rated = le.Feedback.from_quality(quality, trace=trace)
+        pipe.train_step(lora, X, rated, module="q")
+    assert seen == [by_gradient.grad_norm, by_target.loss, 0.75]
+
+
+# ---- by quality -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["trace", "last", "output"])
+def test_a_quality_is_learned_from_as_adapt_does(way):
+    """The same steps and baseline; clipped to 1 there, and here by max_grad_norm's default."""
+    lora, pipe = started(learning_rate=0.05)
+    same = trained(7, 5, rank=2)
+    for i, quality in enumerate((0.5, 0.9, 0.1, 0.4)):
+        x, output = drawn(1, i)[0]
+        for one in (lora, same):
+            _, trace = one.forward(x, "q", explore=0.2, return_trace=True)
+            given = {"trace": trace} if way == "trace" else {}
+            if way == "last":
+                one.forward(x, "q", explore=0.2)
+            feedback = le.Feedback.from_quality(
+                quality, **given, output=output if way == "output" else None
+            )
+            if one is lora:
+                result = pipe.train_step(lora, x, feedback, module="q")
+            else:
+                want = same.adapt(x, feedback, "q", lr=0.05)
+        assert (result.applied, result.note) == (want.applied, want.note)
+        assert result.applied is (i > 0)
+        assert result.loss is None
+    assert lora._modules["q"].baseline.value == same._modules["q"].baseline.value
+    for got, wanted in zip(lora.weights("q"), same.weights("q"), strict=True):
+        assert np.allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_quality_without_a_direction_only_sets_the_baseline():
+    lora, pipe = started()
+    before = weight_bits(lora)
+    for quality in (0.5, 1.0):
+        result = pipe.train_step(lora, X, le.Feedback.from_quality(quality), module="q")
+        assert not result.applied
+        assert "has no direction" in result.note
+    assert weight_bits(lora) == before
+    assert pipe.flush(lora) == 0
+    assert lora._modules["q"].baseline.value == pytest.approx(0.55)

@@ -91,13 +91,12 @@ def test_with_nothing_to_imitate_it_says_so():
 
 
 def test_feedback_by_quality_is_never_filtered():
-    class ByQuality(le.Feedback):
-        quality = 0.0
-
     lora, pipe = started(quality_threshold=1.0)
-    x, y = samples(1)[0][:2]
-    feedback = ByQuality(*le.Feedback.from_gradient(y))
-    assert pipe.train_step(lora, x, feedback, module="q").stepped
+    x = samples(1)[0].input_embedding
+    for i, quality in enumerate((0.5, 0.0, 0.1, 0.9)):
+        lora.forward(x, "q", explore=0.1)
+        result = pipe.train_step(lora, x, le.Feedback.from_quality(quality), module="q")
+        assert result.stepped is (i > 0), result.note
 
 
 def test_total_steps_end_it():

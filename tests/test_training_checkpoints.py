@@ -95,6 +95,29 @@ def test_resumed_epochs_give_the_same_bits(optimizer, tmp_path):
     assert weight_bits(other) == weight_bits(lora)
 
 
+def by_quality(lora, pipe, first: int, last: int) -> None:
+    for i in range(first, last):
+        x, y = drawn(1, i)[0]
+        delta = lora.forward(x, "q", explore=0.3)
+        feedback = le.Feedback.from_quality(1.0 / (1.0 + float(delta @ y) ** 2))
+        pipe.train_step(lora, x, feedback, module="q")
+
+
+def test_resumed_learning_by_quality_gives_the_same_bits(tmp_path):
+    """The baseline and the noise of exploration go on."""
+    lora, pipe = made("sgd")
+    by_quality(lora, pipe, 0, 8)
+    pipe.save(lora, tmp_path / "checkpoint")
+    by_quality(lora, pipe, 8, 20)
+    other, resumed = made("sgd")
+    by_quality(other, resumed, 50, 55)
+    resumed.load(other, tmp_path / "checkpoint")
+    by_quality(other, resumed, 8, 20)
+    assert weight_bits(other) == weight_bits(lora)
+    assert other._modules["q"].baseline.value == lora._modules["q"].baseline.value
+    assert other._modules["k"].baseline.value is None
+
+
 def test_a_save_changes_nothing_and_repeats_itself(tmp_path):
     lora, pipe = made("adamw")
     steps(lora, pipe, 0, 8)
@@ -247,7 +270,7 @@ def rewritten(kept, path, tensors=None, **state):
     tensors = {k: v for k, v in tensors.items() if v is not None}
     whole = {**kept.state, **state}
     if "sha256" not in state:
-        whole["sha256"] = checkpoint._digest(tensors, whole)
+        whole["sha256"] = checkpoint.content_digest(tensors, whole)
     path.write_bytes(safetensors_file.to_bytes(tensors, checkpoint.KEY, json.dumps(whole)))
     return path
 
@@ -266,6 +289,14 @@ MODULE = {"steps": 1, "adapts": 1, "waiting": 1, "refused": 0}
         ("modules: q: expected steps", {"modules": {"q": {**MODULE, "adapts": 1.5}, "k": MODULE}}),
         ("modules: q: expected steps", {"modules": {"q": {**MODULE, "waiting": True},
                                                     "k": MODULE}}),
+        ("modules: q: baseline: expected a number",
+         {"modules": {"q": {**MODULE, "baseline": 1.5}, "k": MODULE}}),
+        ("modules: q: baseline: expected a number",
+         {"modules": {"q": {**MODULE, "baseline": True}, "k": MODULE}}),
+        ("exploration: expected state", {"exploration": None}),
+        ("exploration: state: expected a number of 128 bits",
+         {"exploration": {"state": 1 << 128, "has_uint32": 0, "uinteger": 0}}),
+        ("EWC state: .*: expected a key", {"tensors": {"ewc.what": np.ones(3, "f4")}}),
         ("order: expected an object", {"order": 3}),
         ("order: expected epoch", {"order": {"epoch": -1, "position": 0, "digest": ""}}),
         ("order: digest: expected text", {"order": {"epoch": 1, "position": 0, "digest": 2}}),

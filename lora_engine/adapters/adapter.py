@@ -20,15 +20,12 @@ class LoraWeights(NamedTuple):
     """One module's adapter: the delta of a row x is scaling (B (A x)), plus ``bias_delta``.
 
     A [r, in], B [out, r], float32. bias_delta: scaling times PEFT's lora_B.bias [out], or None.
-    lora_bias: that lora_B.bias as it was read, so that writing gives it back to the bit; used
-    only while bias_delta is its multiple.
     """
 
     A: Array
     B: Array
     scaling: float
     bias_delta: Array | None = None
-    lora_bias: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +41,8 @@ class Adapter:
     modules_to_save: other whole tensors that stand in for the base's, by the parameter's path
     ("score.weight"): those of PEFT's modules_to_save, and an embedding matrix that PEFT wrote
     beside its adapter. float32, or whole numbers as they are. unused: tensors that PEFT writes
-    and that change no output, by their path in the file.
+    and that change no output, by their path in the file. lora_biases: PEFT's lora_B.bias as
+    read, by module, for writing it back to the bit; used while bias_delta is its multiple.
 
     peft_config: adapter_config.json as read, unknown keys kept; {} for an adapter made here.
     targets: the modules and embeddings that peft_config's target_modules stands for. dtype: of
@@ -59,6 +57,7 @@ class Adapter:
     dtype: str = "float32"
     modules_to_save: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     unused: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    lora_biases: Mapping[str, Array] = field(default_factory=dict)
     targets: Collection[str] = frozenset()
     dtypes: Mapping[str, str] = field(default_factory=dict)
 

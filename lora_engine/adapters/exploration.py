@@ -18,6 +18,33 @@ class Trace(NamedTuple):
     sigma: float
 
 
+class Noise(NamedTuple):
+    """Where a PCG64 generator stands in its sequence."""
+
+    state: int  # 128 bits
+    has_uint32: int  # whether half of a 64-bit number is left
+    uinteger: int  # that half
+
+
+_NOISE = dict(zip(Noise._fields, (128, 1, 32), strict=True))  # bits of each
+
+
+def checked_noise(source: str, state: Any) -> Noise:
+    """What ``Explorer.state`` gave; raises ValueError for anything else."""
+    if not isinstance(state, dict) or state.keys() != _NOISE.keys():
+        raise ValueError(f"{source}: expected {', '.join(_NOISE)}")
+    for name, bits in _NOISE.items():
+        value = state[name]
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << bits:
+            raise ValueError(f"{source}: {name}: expected a number of {bits} bits")
+    return Noise(**state)
+
+
+def is_quality(value: Any) -> bool:
+    """Whether a value from a file is a number in 0..1."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value <= 1.0
+
+
 class Explorer:
     """Draws noise, and keeps this thread's last trace of every module until it is used."""
 
@@ -48,6 +75,20 @@ class Explorer:
     def take(self, module: str) -> Trace | None:
         """This thread's last trace of the module, once."""
         return self._traces().pop(module, None)
+
+    def state(self) -> dict[str, int]:
+        """Where the noise stands, for ``go_on``; not the traces, which are of a thread."""
+        with self._lock:
+            now = self._random.bit_generator.state
+        return {name: int({**now, **now["state"]}[name]) for name in _NOISE}
+
+    def go_on(self, noise: Noise) -> None:
+        """Draws what ``checked_noise`` was given the state of next."""
+        with self._lock:
+            now: Any = self._random.bit_generator.state
+            now["state"]["state"] = noise.state
+            now["has_uint32"], now["uinteger"] = noise.has_uint32, noise.uinteger
+            self._random.bit_generator.state = now
 
     def _traces(self) -> dict[str, Trace]:
         try:

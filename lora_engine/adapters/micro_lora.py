@@ -219,10 +219,7 @@ class MicroLoRA:
         """Learns from a quality, then updates the module's baseline."""
         start = perf_counter()
         step = self._quality_step_of(m, lr, ewc)
-        last = None
-        if feedback.trace is None and feedback.output is None:
-            last = self._explorer.take(module)
-        grad, why = feedback.quality_gradient(self, x, module, m.baseline.value, last)
+        grad, why = self._quality_gradient(x, feedback, module, m)
         if grad is None:
             outcome, norm = ops.NO_ADAPTER, 0.0
         else:
@@ -230,6 +227,15 @@ class MicroLoRA:
             why = ops.NOTES[outcome]
         m.baseline.update(feedback.quality)
         return AdaptResult(outcome == _APPLIED, why, (perf_counter() - start) * 1e6, norm)
+
+    def _quality_gradient(
+        self, x: Any, feedback: Feedback, module: str, m: _Module
+    ) -> tuple[Any, str]:
+        """dL/dy and "", or None and why: with this thread's last trace where nothing was given."""
+        last = None
+        if feedback.trace is None and feedback.output is None:
+            last = self._explorer.take(module)
+        return feedback.quality_gradient(self, x, module, m.baseline.value, last)
 
     def _take_gradient(
         self, x: Any, grad: Any, m: _Module, lr: float | None, step: Any
@@ -342,13 +348,17 @@ class MicroLoRA:
         else it holds is kept; PEFT ignores the state file. Raises OSError, and
         ValueError for the working folder, which cannot be replaced.
         """
+        self._save_with(folder, {})
+
+    def _save_with(self, folder: str | os.PathLike[str], beside: Mapping[str, bytes]) -> None:
+        """beside: other files of the folder, which are replaced with it."""
         from lora_engine.adapters import peft_format
 
         steps = {name: m.steps for name, m in self._modules.items()}
         baselines = {name: m.baseline.value for name, m in self._modules.items()}
         known = {name: value for name, value in baselines.items() if value is not None}
         state = partial(_files().state_bytes, self.config, _files().State(steps, known))
-        peft_format.save(folder, Adapter.from_micro_lora(self), state)
+        peft_format.save(folder, Adapter.from_micro_lora(self), state, beside)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> MicroLoRA:
@@ -358,7 +368,9 @@ class MicroLoRA:
         FileNotFoundError. A state file that belongs to other weights is dropped
         with a warning.
         """
-        adapter, config, state = _files().load(folder)
+        from lora_engine.adapters import peft_format
+
+        adapter, config, state = _files().load(peft_format.read_folder(folder))
         lora = cls._holding(adapter, config)
         for name, m in lora._modules.items():
             m.steps = state.steps.get(name, 0)

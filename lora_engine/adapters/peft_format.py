@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ class Folder(NamedTuple):
     config: PeftConfig
     weights: bytes
     state: bytes | None
+    beside: Mapping[str, bytes]  # those of the other files asked for that are there
 
     @property
     def source(self) -> str:
@@ -41,11 +42,14 @@ class Folder(NamedTuple):
         return str(self.path / WEIGHTS_FILE)
 
 
-def read_folder(folder: str | os.PathLike[str]) -> Folder:
-    """Raises FormatError naming file and key, FileNotFoundError, OSError."""
+def read_folder(folder: str | os.PathLike[str], beside: Iterable[str] = ()) -> Folder:
+    """beside: names of other files to read.
+
+    Raises FormatError naming file and key, FileNotFoundError, OSError.
+    """
     path = Path(os.path.realpath(folder))
     limits = {CONFIG_FILE: MAX_JSON, WEIGHTS_FILE: None, STATE_FILE: None, PICKLE_FILE: 0}
-    files = atomic.read_files(path, limits)
+    files = atomic.read_files(path, {**limits, **dict.fromkeys(beside)})
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if name in files:
             continue
@@ -55,7 +59,8 @@ def read_folder(folder: str | os.PathLike[str]) -> Folder:
             )
         raise FileNotFoundError(f"{path / name}: expected an adapter folder's file, got none")
     config = PeftConfig.read(files[CONFIG_FILE], str(path / CONFIG_FILE))
-    return Folder(path, config, files[WEIGHTS_FILE], files.get(STATE_FILE))
+    others = {name: data for name, data in files.items() if name not in limits}
+    return Folder(path, config, files[WEIGHTS_FILE], files.get(STATE_FILE), others)
 
 
 def adapter_of(folder: Folder) -> Adapter:
@@ -76,14 +81,16 @@ def save(
     folder: str | os.PathLike[str],
     adapter: Adapter,
     state: Callable[[bytes], bytes] | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Replaces the folder whole; other files in it are kept.
 
     state: makes the state file from the weights' bytes; None keeps the one there is, if it
-    belongs to the same weights. Raises ValueError, OSError.
+    belongs to the same weights. beside: other files that are written with it. Raises ValueError,
+    OSError.
     """
     weights = to_bytes(to_tensors(adapter))
-    files = {CONFIG_FILE: to_json(adapter), WEIGHTS_FILE: weights}
+    files = {CONFIG_FILE: to_json(adapter), WEIGHTS_FILE: weights, **(beside or {})}
     if state is not None:
         files[STATE_FILE] = state(weights)
     else:
@@ -97,4 +104,4 @@ def save(
         for name, data in files.items():
             atomic.write_file(to / name, data)
 
-    atomic.replace_folder(Path(folder), write, FILES)
+    atomic.replace_folder(Path(folder), write, FILES | files.keys())

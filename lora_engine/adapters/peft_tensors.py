@@ -14,7 +14,7 @@ from lora_engine.adapters.config import is_name
 from lora_engine.adapters.patterns import MAX_NAME
 from lora_engine.adapters.peft_config import MAX_RANK, PeftConfig
 from lora_engine.errors import FormatError
-from lora_engine.safetensors_file import Raw, raw_of_numpy, read_all, short, to_array
+from lora_engine.safetensors_file import Raw, read_all, short, to_array
 
 PREFIX = "base_model.model."
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
@@ -157,7 +157,7 @@ def _sort_whole(
                 got = f"{values.dtype} {list(values.shape)}"
                 raise FormatError(f"{where}: expected a float vector, got {got}")
             biases[base] = values
-        elif is_matrix or config.raw.get("modules_to_save"):
+        elif is_matrix or leaf == "bias" or config.raw.get("modules_to_save"):
             saved[f"{base}.{leaf}"] = values
         else:
             raise FormatError(
@@ -178,7 +178,9 @@ def to_adapter(tensors: Tensors, config: PeftConfig, source: str) -> Adapter:
         if bias is not None and not config.lora_bias:
             raise FormatError(f"{where}: expected none without lora_bias")
         scaling = _scaling_of(name, A, B, config, source)
-        modules[name] = LoraWeights(A, B, scaling, _bias_delta(bias, scaling), bias)
+        modules[name] = LoraWeights(
+            A, B, scaling, None if bias is None else _bias_delta(bias, scaling)
+        )
     embeddings = {
         name: LoraWeights(A, B, _scaling_of(name, A, B, config, source))
         for name, (A, B) in tensors.embeddings.items()
@@ -191,6 +193,7 @@ def to_adapter(tensors: Tensors, config: PeftConfig, source: str) -> Adapter:
         tensors.dtype,
         modules_to_save=saved,
         unused=unused,
+        lora_biases=tensors.lora_biases,
         targets=frozenset({*modules, *embeddings}),
         dtypes=tensors.dtypes,
     )
@@ -205,36 +208,34 @@ def _scaling_of(name: str, A: Array, B: Array, config: PeftConfig, source: str) 
     return config.scaling_of(name)
 
 
-def _bias_delta(bias: Array | None, scaling: float) -> Array | None:
-    return None if bias is None else (bias * scaling).astype(np.float32)
+def _bias_delta(bias: Array, scaling: float) -> Array:
+    return (bias * scaling).astype(np.float32)
 
 
 # ---- writing ----------------------------------------------------------------
 
 
-def _stored(values: np.ndarray, dtype: str, key: str) -> Raw:
+def _stored(values: np.ndarray, dtype: str, key: str) -> np.ndarray | Raw:
     """Rounded to the nearest number of the dtype; raises ValueError beyond its range."""
     if values.dtype.kind != "f":
-        return raw_of_numpy(values)
-    floats = np.ascontiguousarray(values, np.float32)
-    if dtype == "bfloat16":
-        with np.errstate(over="ignore"):
-            rounded = reference.round_bfloat16(floats)
-        halves = (rounded.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-        raw = Raw("BF16", values.shape, halves.reshape(-1).view(np.uint8))
-    else:
-        with np.errstate(over="ignore"):
-            rounded = floats.astype({"float32": np.float32, "float16": np.float16}[dtype])
-        raw = raw_of_numpy(rounded)
+        return values
+    with np.errstate(over="ignore"):
+        if dtype == "bfloat16":
+            rounded: np.ndarray = reference.round_bfloat16(np.ascontiguousarray(values))
+        else:
+            rounded = values.astype(np.float16 if dtype == "float16" else np.float32)
     if not np.isfinite(rounded).all():
         raise ValueError(f"{key}: expected finite numbers within {dtype}'s range")
-    return raw
+    if dtype != "bfloat16":
+        return rounded
+    halves = (rounded.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    return Raw("BF16", values.shape, halves.reshape(-1).view(np.uint8))
 
 
 def _check(name: Any, weights: LoraWeights) -> None:
     if not is_name(name) or len(name) > MAX_NAME:
         raise ValueError(f"Adapter: expected a path of printable text, got {short(repr(name))}")
-    A, B, scaling, bias = weights[:4]
+    A, B, scaling, bias = weights
     good = A.ndim == B.ndim == 2 and 1 <= A.shape[0] == B.shape[1] <= MAX_RANK
     if not good or A.dtype.kind != "f" or B.dtype.kind != "f" or 0 in (*A.shape, *B.shape):
         raise ValueError(
@@ -249,23 +250,28 @@ def _check(name: Any, weights: LoraWeights) -> None:
         raise ValueError(f"Adapter: {name}: scaling: expected a finite number, got {scaling}")
 
 
-def _lora_bias(name: str, w: LoraWeights) -> Array:
-    """PEFT's lora_B.bias of a module, zeros where it has none."""
+def _lora_bias(name: str, w: LoraWeights, read: Array | None) -> Array:
+    """PEFT's lora_B.bias of a module, zeros where it has none; read: the one it was loaded with."""
     if w.bias_delta is None:
         return np.zeros(len(w.B), np.float32)
-    read = _bias_delta(w.lora_bias, w.scaling)
-    if w.lora_bias is not None and np.array_equal(w.bias_delta, np.asarray(read)):
-        return w.lora_bias
+    if read is not None and np.array_equal(w.bias_delta, _bias_delta(read, w.scaling)):
+        return read
     if w.scaling == 0 and w.bias_delta.any():
         raise ValueError(f"Adapter: {name}: bias_delta: expected zeros where scaling is 0")
     return (w.bias_delta / (w.scaling or 1.0)).astype(np.float32)
+
+
+def keys_of(module: str, embedding: bool) -> tuple[str, str]:
+    """Those of a module's A and B."""
+    suffixes = (_EMBEDDING_A, _EMBEDDING_B) if embedding else (A_SUFFIX, B_SUFFIX)
+    return PREFIX + module + suffixes[0], PREFIX + module + suffixes[1]
 
 
 def _key(path: str, leaf: str, adapted: Mapping[str, Any]) -> str:
     return f"{PREFIX}{path}.base_layer.{leaf}" if path in adapted else f"{PREFIX}{path}.{leaf}"
 
 
-def to_tensors(adapter: Adapter) -> dict[str, Raw]:
+def to_tensors(adapter: Adapter) -> dict[str, np.ndarray | Raw]:
     """An adapter's tensors under PEFT's keys, in its dtypes. Raises ValueError."""
     adapted = {**adapter.modules, **adapter.embeddings}
     if len(adapted) != len(adapter.modules) + len(adapter.embeddings) or not adapted:
@@ -277,11 +283,11 @@ def to_tensors(adapter: Adapter) -> dict[str, Raw]:
         _check(name, weights)
     tensors: dict[str, np.ndarray] = {}
     for name, w in adapter.modules.items():
-        tensors[PREFIX + name + A_SUFFIX], tensors[PREFIX + name + B_SUFFIX] = w.A, w.B
+        tensors |= zip(keys_of(name, False), w[:2], strict=True)
         if has_bias:
-            tensors[PREFIX + name + _BIAS] = _lora_bias(name, w)
+            tensors[PREFIX + name + _BIAS] = _lora_bias(name, w, adapter.lora_biases.get(name))
     for name, w in adapter.embeddings.items():
-        tensors[PREFIX + name + _EMBEDDING_A], tensors[PREFIX + name + _EMBEDDING_B] = w.A, w.B
+        tensors |= zip(keys_of(name, True), w[:2], strict=True)
     tensors |= {_key(path, "bias", adapted): bias for path, bias in adapter.biases.items()}
     for path, values in adapter.modules_to_save.items():
         module, _, leaf = path.rpartition(".")

@@ -252,8 +252,8 @@ def _hits(text: Any, routes: list[_Route]) -> list[int]:
 
 def _directions(rows: F64) -> tuple[F64, NDArray[np.bool_]]:
     """(rows of length 1, which of them are so); zeros for zero, NaN or Inf."""
-    finite = np.isfinite(rows).all(axis=1)
-    kept = np.where(finite[:, None], rows, 0.0)
+    finite = np.isfinite(rows).all(axis=1, keepdims=True)
+    kept = np.where(finite, rows, 0.0)
     largest = np.abs(kept).max(axis=1, initial=0.0, keepdims=True)
     scaled = np.divide(kept, largest, out=np.zeros_like(kept), where=largest > 0)
     length = np.linalg.norm(scaled, axis=1, keepdims=True)

@@ -17,7 +17,6 @@ from rich.progress import Progress
 import lora_engine as le
 from lora_engine.demo_data import Digits, Floats, Ints, loss_gradient
 from lora_engine.evidence import network
-from lora_engine.evidence.consolidation import Consolidation
 from lora_engine.evidence.data import CLASSES, PIXELS, Task, partial_permutation, permuted, split
 from lora_engine.evidence.measure import Doubles, at_least, chosen, final, forgetting
 
@@ -25,6 +24,9 @@ TASKS, MOVED = 5, 16
 BASE_EPOCHS, BASE_BATCH, BASE_LEARNING_RATE = 20, 32, 0.1
 SCALING = 2.0
 FORMS = ("factor", "delta")
+# What FULL chooses, lambda in both forms: the defaults of EWC, TrainingConfig and SonaConfig; the
+# learning rate is SonaConfig's of a deep run, which has as many epochs and samples a step.
+EWC_LAMBDA, LEARNING_RATE = 30.0, 0.1
 Slots = NDArray[np.int32]
 Lambdas = tuple[float, ...]
 
@@ -36,7 +38,7 @@ class Setting(NamedTuple):
     rank: int = 4
     batch: int = 32
     epochs: int = 10
-    learning_rate: float = 0.05
+    learning_rate: float = LEARNING_RATE
 
 
 class Profile(NamedTuple):
@@ -46,12 +48,12 @@ class Profile(NamedTuple):
     seeds: int = 5
     tuning_seeds: int = 3
     epochs: int = 10
-    learning_rates: Sequence[float] = (0.02, 0.05, 0.1)
+    learning_rates: Sequence[float] = (0.05, 0.1, 0.2)
     factor_lambdas: Lambdas = (3.0, 10.0, 30.0, 100.0, 300.0)
     delta_lambdas: Lambdas = (10.0, 30.0, 100.0, 300.0, 1000.0)
 
 
-FULL, QUICK = Profile(), Profile(2, 1, 5, (0.05,), (10.0, 30.0), (100.0, 300.0))
+FULL, QUICK = Profile(), Profile(2, 1, 5, (LEARNING_RATE,), (10.0, 30.0), (30.0, 100.0))
 
 
 class Outcome(NamedTuple):
@@ -98,8 +100,8 @@ class Bench:
             np.stack([getattr(net, name).T for net in nets]) for name in ("W1", "b1", "W2", "b2")
         )
         self.pools = [self._new_pool() for _ in lambdas]
-        self.records = [
-            Consolidation(pool, lam, setting.form) if lam else None
+        self.penalties = [
+            le.EWC(pool, lam, form=setting.form) if lam else None
             for pool, lam in zip(self.pools, lambdas, strict=True)
         ]
         self.orders = [np.random.default_rng([6, seed]) for seed in range(seeds)]
@@ -135,7 +137,7 @@ class Bench:
         return np.asarray(back.reshape(len(self.pools), -1, network.HIDDEN))
 
     def learn(self, task: int, progressed: Callable[[], None]) -> None:
-        """One task by every pool, then its end."""
+        """One task by every pool, whose EWC sees every sample, then its end."""
         trains = [tasks[task].train for tasks in self.tasks]
         setting = self.setting
         streams = [
@@ -146,18 +148,16 @@ class Bench:
             images, labels = (np.stack(part) for part in zip(*batch, strict=True))
             x, ids = self._rows(images)
             gradients = self.gradients(images, labels)
-            for pool, record, g in zip(self.pools, self.records, gradients, strict=True):
-                ewc = record.ewc if record else None
+            for pool, ewc, g in zip(self.pools, self.penalties, gradients, strict=True):
+                if ewc:
+                    ewc.observe(x, g, ids)
                 result = pool.adapt(x, g, ids, setting.learning_rate, ewc=ewc)
                 if not result.applied.all():
                     raise RuntimeError(f"adapters: {setting}: {result.note}")
             progressed()
-        images, labels = (np.stack(part) for part in zip(*trains, strict=True))
-        x, ids = self._rows(images)
-        for record, g in zip(self.records, self.gradients(images, labels), strict=True):
-            if record:
-                record.observe(x, g, ids)
-                record.consolidate()
+        for ewc in self.penalties:
+            if ewc:
+                ewc.consolidate()
 
     def accuracy(self, task: int) -> Doubles:
         """[lambdas, seeds] on images that nothing learns from."""

@@ -2,7 +2,7 @@
 without, and how long a round for all of them takes.
 
 A user's task is a view of the digits with 16 pixels shuffled. Every round each user sends a few
-images: one forward for all, one adapt from the labels, and one observe for the EWC.
+images: one forward for all, one observe for the EWC, and one adapt from the labels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import lora_engine as le
 from lora_engine.demo_data import Digits, Floats, Ints, loss_gradient
 from lora_engine.evidence import network
 from lora_engine.evidence.adapters import Slots, frozen_base
-from lora_engine.evidence.consolidation import Consolidation
 from lora_engine.evidence.data import PIXELS, partial_permutation, split
 from lora_engine.evidence.measure import Doubles, at_least
 
@@ -113,31 +112,31 @@ class _Crowd:
 
 
 def _round(
-    crowd: _Crowd, x: Floats, labels: Ints, ids: Slots, record: Consolidation | None
+    crowd: _Crowd, x: Floats, labels: Ints, ids: Slots, ewc: le.EWC | None
 ) -> tuple[float, float, float]:
     """Serves and learns from one batch of everybody's; the seconds of forward, adapt, observe."""
     z, start = crowd.first_layer(x), perf_counter()
     crowd.pool.forward(x, ids, out=z)
     forward = perf_counter() - start
     gradient = crowd.gradient(z, labels)
-    start, ewc = perf_counter(), record.ewc if record else None
+    start = perf_counter()
+    if ewc:
+        ewc.observe(x, gradient, ids)
+    observe, start = perf_counter() - start, perf_counter()
     result = crowd.pool.adapt(x, gradient, ids, LEARNING_RATE, ewc=ewc)
     adapt = perf_counter() - start
     if not result.applied.all():
         raise RuntimeError(f"many users: {result.note}")
-    start = perf_counter()
-    if record:
-        record.observe(x, gradient, ids)
-    return forward, adapt, perf_counter() - start
+    return forward, adapt, observe
 
 
 def _run(
-    crowd: _Crowd, ewc_lambda: float, form: str, profile: Profile, progress: Progress, bar: TaskID
+    crowd: _Crowd, ewc_lambda: float, profile: Profile, progress: Progress, bar: TaskID
 ) -> Run:
     """Both tasks of every user, one after the other; lambda 0: no protection."""
     users, rng = len(crowd.views), np.random.default_rng(12)
     ids = np.repeat(np.arange(users, dtype=np.int32), IMAGES)
-    record = Consolidation(crowd.pool, ewc_lambda, form) if ewc_lambda else None
+    ewc = le.EWC(crowd.pool, ewc_lambda) if ewc_lambda else None
     count = profile.held_out
     test = Digits(crowd.test.images[:count], crowd.test.labels[:count])
     seconds, after = [], []
@@ -145,25 +144,25 @@ def _run(
         for turn in range(profile.rounds):
             drawn = rng.integers(len(crowd.stream.labels), size=(users, IMAGES))
             x = crowd.seen(crowd.stream.images[drawn], task)
-            seconds.append(_round(crowd, x, crowd.stream.labels[drawn].ravel(), ids, record))
+            seconds.append(_round(crowd, x, crowd.stream.labels[drawn].ravel(), ids, ewc))
             progress.update(bar, advance=1, refresh=turn % 10 == 0)
-        if record:
-            record.consolidate()
+        if ewc:
+            ewc.consolidate()
         after += [crowd.accuracy(seen, test) for seen in range(task + 1)]
     return Run(np.stack(after, axis=1), np.array(seconds))
 
 
-def run(progress: Progress, profile: Profile = FULL, form: str = "factor") -> Result:
+def run(progress: Progress, profile: Profile = FULL) -> Result:
     """Chooses lambda on the tuning users, then measures all others with it and without."""
     total = TASKS * profile.rounds * (len(profile.lambdas) + 2)
     bar = progress.add_task("many users", total=total, note="")
     validation = {}
     for lam in profile.lambdas:
         crowd = _Crowd(profile.tuning_users, 1, validating=True)
-        validation[lam] = _run(crowd, lam, form, profile, progress, bar).mean
+        validation[lam] = _run(crowd, lam, profile, progress, bar).mean
     best = max(validation, key=validation.__getitem__)
     none, ewc = (
-        _run(_Crowd(profile.users, 0, validating=False), lam, form, profile, progress, bar)
+        _run(_Crowd(profile.users, 0, validating=False), lam, profile, progress, bar)
         for lam in (0.0, best)
     )
     return Result(none, ewc, best, validation)

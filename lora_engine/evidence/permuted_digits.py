@@ -22,7 +22,7 @@ from lora_engine.evidence.measure import Doubles, at_least, chosen, final
 TASKS = 5
 LEARNING_RATE, BATCH = 0.1, 32
 NONE, L2, EWC, JOINT = "none", "best L2", "online EWC", "joint"
-_GAMMA = 0.95  # while lambda is chosen
+GAMMA = 0.95  # while lambda is chosen; FULL then chooses it too, and EWC has it as default
 
 
 class Profile(NamedTuple):
@@ -54,7 +54,7 @@ class Result(NamedTuple):
 class _Method(NamedTuple):
     name: str
     strength: float = 0.0
-    gamma: float = _GAMMA
+    gamma: float = GAMMA
 
 
 def _tasks(seed: int, validating: bool) -> list[Task]:

@@ -80,17 +80,6 @@ def rollback(m: Module) -> bool:
     return True
 
 
-def replace(m: Module, A: Array, B: Array) -> None:
-    """Serves given weights as the consolidated ones; sessions begin anew."""
-    slot = m.pool.add(A, B, m.scaling)
-    with m.lock:
-        old, m.served = m.served, Served(slot, {}, {})
-        m.forget()
-        for used in old.slots():
-            m.pool.remove(used)
-        m.fisher, m.samples = None, 0.0
-
-
 # ---- one step each ----------------------------------------------------------
 
 

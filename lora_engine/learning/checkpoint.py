@@ -11,11 +11,12 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from lora_engine import atomic, safetensors_file
+from lora_engine.adapters.exploration import Baseline, Noise, checked_noise, is_quality
 from lora_engine.adapters.micro_lora import MicroLoRA
 from lora_engine.errors import FormatError
 from lora_engine.learning.protection import Protection
@@ -35,7 +36,7 @@ def _name(module: str, what: str) -> str:
     return f"modules.{module}.{what}"
 
 
-def _digest(tensors: Tensors, state: State) -> str:
+def content_digest(tensors: Tensors, state: State) -> str:
     """Of everything but the digest itself."""
     rest = {key: value for key, value in state.items() if key != "sha256"}
     found = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
@@ -66,6 +67,7 @@ def save(pipe: TrainingPipeline, lora: MicroLoRA, path: str | os.PathLike[str]) 
         tensors.update({_name(name, what): array for what, array in parts.items()})
         modules[name] = {
             "steps": track.steps, "adapts": m.steps, "waiting": m.samples, "refused": m.refused,
+            "baseline": m.baseline.value,
         }  # fmt: skip
     protected = pipe._protection.state()
     arrays = {k: v for k, v in protected.items() if isinstance(v, np.ndarray)}
@@ -75,10 +77,11 @@ def save(pipe: TrainingPipeline, lora: MicroLoRA, path: str | os.PathLike[str]) 
         "format": FORMAT,
         **_configs(pipe, lora),
         "modules": modules,
+        "exploration": lora._explorer.state(),
         "order": {"epoch": order.epoch, "position": order.position, "digest": order.digest},
         "ewc": {k: v for k, v in protected.items() if k not in arrays},
     }
-    state["sha256"] = _digest(tensors, state)
+    state["sha256"] = content_digest(tensors, state)
     data = safetensors_file.to_bytes(tensors, KEY, json.dumps(state))
 
     def write(file: BinaryIO) -> None:
@@ -104,46 +107,61 @@ def load(pipe: TrainingPipeline, lora: Any, path: str | os.PathLike[str]) -> Non
     if state.get("format") != FORMAT:
         got = short(repr(state.get("format")))
         raise FormatError(f"{source}: format: expected {FORMAT}, got {got}")
-    _check_configs(source, state, _configs(pipe, lora))
-    modules, order, protected = _checked(source, state, tensors, pipe, lora)
-    _apply(pipe, lora, tensors, modules, order, protected)
+    check_configs("TrainingPipeline.load", source, state, _configs(pipe, lora))
+    kept = _checked(source, state, tensors, pipe, lora)
+    try:
+        _apply(pipe, lora, kept)
+    except (TypeError, ValueError, IndexError) as error:
+        raise FormatError(f"{source}: {short(str(error))}") from None
 
 
-def _object(source: str, state: State, key: str) -> State:
+class _Kept(NamedTuple):
+    """A checkpoint's content, which fits the MicroLoRA; only EWC has not seen its part."""
+
+    tensors: Tensors
+    modules: State
+    noise: Noise
+    order: SampleOrder
+    protected: State
+
+
+def object_of(source: str, state: State, key: str) -> State:
     found = state.get(key)
     if not isinstance(found, dict):
         raise FormatError(f"{source}: {key}: expected an object, got {short(repr(found))}")
     return found
 
 
-def _check_configs(source: str, state: State, want: State) -> None:
+def check_configs(op: str, source: str, state: State, want: State) -> None:
     """Raises ValueError naming the first field in which a configuration differs."""
     for kind, fields in want.items():
-        found = _object(source, state, kind)
+        found = object_of(source, state, kind)
         for field in [*fields, *(f for f in found if f not in fields)]:
             here, there = fields.get(field), found.get(field)
             if here != there:
                 raise ValueError(
-                    f"TrainingPipeline.load: {source}: expected a checkpoint of"
+                    f"{op}: {source}: expected a checkpoint of"
                     f" {kind}({short(field)}={short(repr(here))}), got one of {short(repr(there))}"
                 )
 
 
 def _checked(
     source: str, state: State, tensors: Tensors, pipe: TrainingPipeline, lora: MicroLoRA
-) -> tuple[State, SampleOrder, State]:
-    """(modules, sample order, state of EWC), all of which fit the MicroLoRA."""
-
+) -> _Kept:
     def bad(key: str, expected: str) -> FormatError:
         return FormatError(f"{source}: {short(key)}: expected {expected}")
 
-    modules, order, protected = (_object(source, state, key) for key in ("modules", "order", "ewc"))
+    modules, order, protected = (
+        object_of(source, state, key) for key in ("modules", "order", "ewc")
+    )
     want: dict[str, tuple[int, ...]] = {}
     for name in lora._modules:
         counts = modules.get(name)
         fields = ("steps", "adapts", "waiting", "refused")
         if not isinstance(counts, dict) or not all(is_count(counts.get(f)) for f in fields):
             raise bad(f"modules: {name}", "steps, adapts, waiting and refused, numbers from 0")
+        if counts.get("baseline") is not None and not is_quality(counts["baseline"]):
+            raise bad(f"modules: {name}: baseline", "a number in 0..1 or null")
         rank, (d_in, d_out) = lora.config.rank, lora.config.shape(name)
         size = rank * (d_in + d_out)
         flat = [*pipe._optimizer.names, *(["waiting"] if counts["waiting"] else [])]
@@ -157,35 +175,32 @@ def _checked(
             raise bad(key, f"finite float32 {list(shape)}, got {array.dtype} {list(array.shape)}")
         if key.endswith(".second_moment") and array.min() < 0.0:
             raise bad(key, "squares, got a negative number")
-    if state.get("sha256") != _digest(tensors, state):
+    if state.get("sha256") != content_digest(tensors, state):
         raise bad("sha256", "the digest of the content, got another: the file is damaged")
+    try:
+        noise = checked_noise("exploration", state.get("exploration"))
+    except ValueError as error:
+        raise FormatError(f"{source}: {error}") from None
     if not all(is_count(order.get(f)) for f in ("epoch", "position")):
         raise bad("order", "epoch and position, numbers from 0")
     if not isinstance(order.get("digest"), str):
         raise bad("order: digest", "text")
     arrays = {k[len(_EWC) :]: v for k, v in tensors.items() if k.startswith(_EWC)}
     seen = SampleOrder(pipe.config.seed, order["epoch"], order["position"], order["digest"])
-    return modules, seen, {**protected, **arrays}
+    return _Kept(tensors, modules, noise, seen, {**protected, **arrays})
 
 
-def _apply(
-    pipe: TrainingPipeline,
-    lora: MicroLoRA,
-    tensors: Tensors,
-    modules: State,
-    order: SampleOrder,
-    protected: State,
-) -> None:
+def _apply(pipe: TrainingPipeline, lora: MicroLoRA, kept: _Kept) -> None:
     """Puts a checked state in place; where EWC refuses its part, everything is as it was."""
     before = {name: lora.weights(name)[:2] for name in lora._modules}
     waited = {n: (m.gradient, m.samples, m.refused) for n, m in lora._modules.items()}
     was_protected = pipe._protection.state() if pipe._lora is lora else None
     for name, m in lora._modules.items():
         m.gradient = None  # for the rollback to keep
-        lora.set_weights(name, tensors[_name(name, "A")], tensors[_name(name, "B")])
+        lora.set_weights(name, *(kept.tensors[_name(name, what)] for what in "AB"))
     try:
         protection = Protection(lora, pipe.config)
-        protection.load_state(protected)
+        protection.load_state(kept.protected)
     except BaseException:
         for name, m in lora._modules.items():
             lora.set_weights(name, *before[name])
@@ -194,11 +209,15 @@ def _apply(
             pipe._protection.load_state(was_protected)
         raise
     pipe.init_for_lora(lora)
-    pipe._protection, pipe._order = protection, order
+    pipe._protection, pipe._order = protection, kept.order
+    lora._explorer.go_on(kept.noise)
     for name, m in lora._modules.items():
-        counts, track = modules[name], pipe._tracks[name]
+        counts, track = kept.modules[name], pipe._tracks[name]
+        m.baseline = Baseline(counts.get("baseline"))
         m.steps, m.samples, m.refused = counts["adapts"], counts["waiting"], counts["refused"]
         if m.samples:
-            m.gradient = tensors[_name(name, "waiting")].copy()
+            m.gradient = kept.tensors[_name(name, "waiting")].copy()
         track.steps = counts["steps"]
-        track.kept = {what: tensors[_name(name, what)].copy() for what in pipe._optimizer.names}
+        track.kept = {
+            what: kept.tensors[_name(name, what)].copy() for what in pipe._optimizer.names
+        }

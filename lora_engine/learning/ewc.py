@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from lora_engine.learning.ewc_pool import PoolEwc
 
 
+# What lora_engine/evidence chooses: lambda for adapters that learn task after task (adapters.py,
+# in both forms; many_users.py finds the same), gamma for a network (permuted_digits.py).
+EWC_LAMBDA, GAMMA = 30.0, 0.95
+FISHER_SAMPLES = 100
+
+
 class ObserveResult(NamedTuple):
     """What an observe took: samples, rows left out for their gradient, and in words."""
 
@@ -59,6 +65,10 @@ class EWC:
     factor form; while samples wait for ``consolidate``, 4 (in + out) bytes or 4 r (in + out)
     on the host, where room for up to twice as many slots may be held.
 
+    The default ewc_lambda, of either form, is what the adapters of rank 4 of ``lora-engine demo
+    --learning`` choose (evidence/adapters.py), gamma what its network does
+    (evidence/permuted_digits.py), both on validation images.
+
     Raises ValueError for ewc_lambda < 0, gamma outside 0..1, fisher_samples < 1 or an unknown
     form.
     """
@@ -66,10 +76,10 @@ class EWC:
     def __init__(
         self,
         lora_or_pool: MicroLoRA | AdapterPool,
-        ewc_lambda: float,
-        gamma: float = 0.95,
+        ewc_lambda: float = EWC_LAMBDA,
+        gamma: float = GAMMA,
         form: str = "delta",
-        fisher_samples: int = 100,
+        fisher_samples: int = FISHER_SAMPLES,
     ) -> None:
         self.ewc_lambda, self.gamma, self.form = float(ewc_lambda), float(gamma), form
         self.fisher_samples = operator.index(fisher_samples)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from lora_engine.adapters.micro_lora import _Module
 
 _NO_ROWS = "x has no rows: nothing was learned"
-_NO_DIRECTION = "the feedback gives no direction: nothing was learned"
 _RATE_IS_ZERO = "the learning rate is 0 at step {}: the batch was dropped"
 
 
@@ -150,8 +149,9 @@ class TrainingPipeline:
         """Learns from feedback on the output of ``lora.forward(x, module)``.
 
         x [in] or [n, in]. The gradient joins the module's batch; once that holds batch_size
-        rows, a step is taken with their mean. Feedback by quality is learned from whatever the
-        quality: to filter it would bias it. Raises ValueError and TypeError, changing nothing.
+        rows, a step is taken with their mean. Feedback by quality is learned from as
+        ``MicroLoRA.adapt`` does, whatever the quality: to filter it would bias it. Raises
+        ValueError and TypeError, changing nothing.
         """
         self._check_lora("train_step", lora)
         m = lora._module(module)
@@ -160,13 +160,19 @@ class TrainingPipeline:
                 "TrainingPipeline.train_step: feedback: expected a Feedback,"
                 f" got {type(feedback).__name__}"
             )
-        grad = feedback.output_gradient(lora, x, module)
-        if grad is None:
-            return TrainStepResult(False, _NO_DIRECTION, None, 0.0, False, None, False)
-        outcome, norm = self._accumulate(m, x, grad)
+        rated, why = feedback.gradient is None and feedback.quality is not None, ""
+        if rated:
+            grad, why = lora._quality_gradient(x, feedback, module, m)
+        else:
+            grad = feedback.output_gradient(lora, x, module)
+        outcome, norm = ops.NO_ADAPTER, 0.0
+        if grad is not None:
+            outcome, norm = self._accumulate(m, x, grad)
+            why = _NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
+        if rated:
+            m.baseline.update(feedback.quality)
         if outcome != ops.APPLIED:
-            note = _NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
-            return TrainStepResult(False, note, None, norm, False, None, False)
+            return TrainStepResult(False, why, None, norm, False, None, False)
         loss = _loss(feedback, grad)
         new_task = self._new_task_at(_surprise(feedback, loss, norm))
         self._protection.observe(x, grad, module)
@@ -300,7 +306,8 @@ class TrainingPipeline:
     def save(self, lora: MicroLoRA, path: str | os.PathLike[str]) -> None:
         """Everything that the next steps depend on, as one safetensors file, replaced whole.
 
-        Weights, optimizer moments, steps, gradients that wait, EWC, the order of the samples.
+        Weights, optimizer moments, steps, gradients that wait, baselines of qualities, noise of
+        ``forward(explore=)``, EWC, the order of the samples.
         Raises OSError, and ValueError for another lora.
         """
         self._check_lora("save", lora)

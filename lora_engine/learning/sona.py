@@ -253,9 +253,7 @@ class Sona:
             with self._lock:
                 self._counts["background" if done.applied else "background_rejected"] += 1
             if done.applied:
-                self._pending = sum(
-                    fast.pending for m in self._modules.values() for fast in _adapters(m)
-                )
+                self._pending = self._waiting()
         log.debug("background: %s", done)
         return done
 
@@ -263,8 +261,13 @@ class Sona:
         """Brings back what was served before the last consolidation, once: False if none was."""
         with self._pass_lock:
             done = [background.rollback(m) for m in self._modules.values()]
+            self._pending = self._waiting()
         log.debug("rollback: %s", done)
         return any(done)
+
+    def _waiting(self) -> int:
+        """Samples that no consolidation has seen, or that one saw which was rolled back."""
+        return sum(fast.pending for m in self._modules.values() for fast in _adapters(m))
 
     def start(self) -> None:
         """Runs ``maybe_background`` in a thread, until ``stop``. RuntimeError if one runs."""
@@ -320,30 +323,30 @@ class Sona:
         return lora
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """The consolidated adapters as a PEFT folder; what sessions have learned since the last
-        consolidation is not in it."""
-        self.consolidated().save(folder)
+        """The consolidated adapters as a PEFT folder, and in a file beside them all else that the
+        next requests depend on: sessions' adapters with what they wait with, baselines, Fisher
+        information, held-out samples, counters and the noise of exploration.
+
+        The folder is replaced whole. What ``rollback`` would bring back is not in it. Raises
+        ValueError, before anything is written, for a session named by anything but text, a
+        whole number of 64 bits or None; OSError.
+        """
+        from lora_engine.learning import sona_state
+
+        sona_state.save(self, folder)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Serves the adapters of a folder as the consolidated ones; sessions begin anew.
+        """Goes on where ``save`` was, to the same bits. Of a folder without the engine's file it
+        serves the adapters as the consolidated ones, and sessions begin anew; so it does,
+        with a warning, where that file belongs to other weights.
 
-        Raises FormatError, and ValueError where its modules, shapes or rank are others than
-        the config's; then nothing has changed.
+        Raises FormatError naming file and key, and ValueError where modules, shapes or rank, or
+        the configuration that the state is of, are others than the config's; then nothing has
+        changed.
         """
-        loaded = MicroLoRA.load(folder)
-        weights = {}
-        for name, m in self._modules.items():
-            A, B, scaling = loaded.weights(name)
-            if A.shape != m.A.shape or B.shape != m.B.shape:
-                raise ValueError(
-                    f"Sona.load: {name}: expected A {m.A.shape} and B {m.B.shape},"
-                    f" got {A.shape} and {B.shape}"
-                )
-            weights[name] = (A, B * np.float32(scaling / m.scaling))
-        with self._pass_lock:
-            for name, m in self._modules.items():
-                background.replace(m, *weights[name])
-            self._pending = 0
+        from lora_engine.learning import sona_state
+
+        sona_state.load(self, folder)
 
 
 def _adapters(m: Module) -> list[Fast]:

@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 from lora_engine.adapters.config import MicroLoRAConfig
+from lora_engine.learning.ewc import EWC_LAMBDA, GAMMA
 
 STRATEGIES = ("ewc_merge", "average", "quality_weighted", "best_only", "ensemble")
 
@@ -32,10 +33,10 @@ class SonaConfig:
     still change their session's adapter, and count for no merge.
     consolidation: "ewc_merge", "average", "quality_weighted", "best_only", "ensemble".
     ewc_lambda, ewc_gamma: the penalty (delta form) on leaving what is consolidated, 0 for none,
-    and what is kept of the Fisher information at each consolidation. The default is what
-    ``lora-engine demo --learning`` chooses for adapters of rank 4.
+    and what is kept of the Fisher information at each consolidation; defaults of ``EWC``.
     deep_trigger_threshold: summed quality of applied samples that calls for a deep run;
-    deep_lr, deep_epochs, deep_batch_size, quality_threshold: of that run.
+    deep_lr, deep_epochs, deep_batch_size, quality_threshold: of that run; the first three are
+    what lora_engine/evidence/adapters.py learns a task with.
     held_out: every tenth sample, up to this many, is kept to judge a consolidation by.
     ensemble_size: adapters that strategy keeps.
 
@@ -51,11 +52,11 @@ class SonaConfig:
     background_min_samples: int = 10
     max_pending_samples: int = 1000
     consolidation: str = "ewc_merge"
-    ewc_lambda: float = 30.0
-    ewc_gamma: float = 0.95
+    ewc_lambda: float = EWC_LAMBDA
+    ewc_gamma: float = GAMMA
     deep_trigger_threshold: float = 100.0
-    deep_lr: float = 0.01
-    deep_epochs: int = 5
+    deep_lr: float = 0.1
+    deep_epochs: int = 10
     deep_batch_size: int = 32
     quality_threshold: float = 0.5
     held_out: int = 100

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from lora_engine.learning.ewc import EWC_LAMBDA, FISHER_SAMPLES, GAMMA
 from lora_engine.learning.optimizers import OPTIMIZERS
 from lora_engine.learning.schedules import SCHEDULES
 
@@ -19,24 +20,26 @@ _MAX = 3.4028234663852886e38  # float32's; NaN is beyond it too
 class TrainingConfig:
     """learning_rate: the schedule's largest. ewc_lambda: strength of the EWC penalty, None or 0
     for none; ewc_form, fisher_samples (horizon of the moving average) and online_ewc_gamma: of
-    ``EWC``. quality_threshold: ``train`` leaves out samples below it; it never filters feedback.
-    optimizer: "sgd" or "adamw". lr_schedule: "constant", "linear", "cosine", "exponential",
-    "step" or "one_cycle", after warmup_steps; total_steps, warm-up included, is what linear,
-    cosine and one_cycle need, lr_gamma what exponential and step need, and step also
-    lr_step_size (``learning/schedules.py`` has the formulas). batch_size: rows whose gradients
-    are averaged for one step. max_grad_norm: over a module's gA and gB together, None for no
-    clipping. weight_decay: decoupled, theta (1 - lr weight_decay). seed: of the sample order.
+    ``EWC``, whose defaults the experiments in lora_engine/evidence choose (adapters.py,
+    permuted_digits.py). quality_threshold: ``train`` leaves out samples below it; it never
+    filters feedback. optimizer: "sgd" or "adamw". lr_schedule: "constant", "linear", "cosine",
+    "exponential", "step" or "one_cycle", after warmup_steps; total_steps, warm-up included, is
+    what linear, cosine and one_cycle need, lr_gamma what exponential and step need, and step
+    also lr_step_size (``learning/schedules.py`` has the formulas). batch_size: rows whose
+    gradients are averaged for one step. max_grad_norm: over a module's gA and gB together, None
+    for no clipping. weight_decay: decoupled, theta (1 - lr weight_decay). seed: of the sample
+    order.
 
     Raises ValueError for a value of another kind or out of range, and for a schedule that
     lacks a field.
     """
 
     learning_rate: float = 1e-3
-    ewc_lambda: float | None = None
+    ewc_lambda: float | None = EWC_LAMBDA
     ewc_form: str = "delta"
     quality_threshold: float = 0.5
-    fisher_samples: int = 100
-    online_ewc_gamma: float = 0.95
+    fisher_samples: int = FISHER_SAMPLES
+    online_ewc_gamma: float = GAMMA
     optimizer: str = "sgd"
     lr_schedule: str = "constant"
     warmup_steps: int = 0

@@ -12,7 +12,7 @@ import torch
 from lora_engine.errors import FormatError
 from lora_engine.quant import checkpoint
 from lora_engine.quant.linear import NF4Linear, check_compute
-from lora_engine.quant.model import is_linear
+from lora_engine.quant.model import check_bare, is_linear
 from lora_engine.safetensors_file import (
     OF_NAMES,
     Entry,
@@ -42,7 +42,7 @@ class _Stored(NamedTuple):
 
 
 def load_quantized(
-    model: Module, folder: str | os.PathLike[str], *, compute: str | None = None
+    model: Any, folder: str | os.PathLike[str], *, compute: str | None = None
 ) -> tuple[str, ...]:
     """Puts the 4-bit checkpoint of a folder into a model made from its configuration.
 
@@ -61,6 +61,7 @@ def load_quantized(
         got = type(model).__name__
         raise TypeError(f"load_quantized: model: expected a torch module, got {got}")
     check_compute("load_quantized", compute)
+    check_bare("load_quantized", model)
     with contextlib.ExitStack() as stack:
         stored = _open(Path(folder), stack)
         names = [k.removesuffix(checkpoint.STATE) for k in stored if k.endswith(checkpoint.STATE)]
@@ -77,8 +78,9 @@ def load_quantized(
     on_meta = {name: t for name, t in plain.items() if wanted[name].is_meta}
     model.load_state_dict(on_meta, strict=False, assign=True)
     model.load_state_dict({k: t for k, t in plain.items() if k not in on_meta}, strict=False)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
     return tuple(name.removesuffix(".weight") for name in layers)
 
 
@@ -121,11 +123,10 @@ def _check_names(
     wanted: dict[str, Any], there: set[str], rest: dict[str, _Stored], folder: str
 ) -> None:
     """Raises FormatError for what the checkpoint lacks or has too much."""
-    for name, stored in rest.items():
-        if name.endswith(checkpoint.STATE_FP4):
-            raise FormatError(f"{stored.source}: {short(name)}: fp4 is not supported, only nf4")
-        if name not in wanted:
-            raise FormatError(f"{stored.source}: {short(name)}: the model has no such tensor")
+    for name in [k for k in rest if k.endswith(checkpoint.STATE_FP4)]:
+        raise FormatError(f"{rest[name].source}: {short(name)}: fp4 is not supported, only nf4")
+    for name in [k for k in rest if k not in wanted]:
+        raise FormatError(f"{rest[name].source}: {short(name)}: the model has no such tensor")
     tensors = {id(wanted[name]) for name in rest}
     for name, tensor in wanted.items():
         if there.isdisjoint(_prefixes(name)) and id(tensor) not in tensors:  # nor tied to one

@@ -167,11 +167,17 @@ def _check_arguments(model: Any, blocksize: Any, compute: Any) -> None:
             f"quantize: blocksize: expected a power of two from 32 to 4096, got {blocksize!r}"
         )
     check_compute("quantize", compute)
+    check_bare("quantize", model)
+
+
+def check_bare(op: str, model: Module) -> None:
+    """Raises ValueError for a model with adapters, PEFT's or attached ones."""
     for path, module in model.named_modules():
-        if type(module).__module__.partition(".")[0] == "peft":
+        of_peft = type(module).__module__.partition(".")[0] == "peft"
+        if of_peft or not {"_lora", "_lora_model"}.isdisjoint(vars(module)):
             raise ValueError(
-                f"quantize: model: expected a model without adapters, got PEFT's"
-                f" {type(module).__name__} at {path or 'the top'}: quantize first"
+                f"{op}: model: expected a model without adapters, got a {type(module).__name__}"
+                f" with some at {path or 'the top'}: {op} first, add adapters then"
             )
 
 
@@ -220,6 +226,13 @@ def _describe(model: Any, kept: list[str], compute: str | None) -> None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_file"):
         return
+    conversions = getattr(model, "_weight_conversions", None)  # in from_pretrained, to be reversed
+    if conversions is not None:  # but transformers 5.20 cannot reverse that of packed weights
+        model._weight_conversions = [
+            c
+            for c in conversions
+            if not any(type(op).__name__ == "Bnb4bitDeserialize" for op in _operations(c))
+        ]
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     dtype = compute or str(floats[0] if floats else torch.float32)
     packed = [module.nf4 for module in model.modules() if isinstance(module, NF4Linear)]
@@ -233,3 +246,7 @@ def _describe(model: Any, kept: list[str], compute: str | None) -> None:
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": kept,
     }
+
+
+def _operations(conversion: Any) -> list[Any]:
+    return getattr(conversion, "operations", None) or []
