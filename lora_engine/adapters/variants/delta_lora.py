@@ -10,8 +10,8 @@ _BLOCK = 1 << 20  # elements of W's change that are made at a time
 
 
 def delta_lora(W: Any, before: Any, after: Any, ratio: float = 1.0) -> None:
-    """W += ratio (s' B' A' - s B A), in place (Delta-LoRA: Zi et al. 2023, arXiv:2309.02411, eq. 4
-    with lambda = ratio): the base weights learn too, without a gradient or a state of their own.
+    """W += ratio (s' B' A' - s B A), in place (Delta-LoRA: Zi et al. 2023, arXiv:2309.02411, with
+    lambda = ratio): the base weights learn too, without a gradient or a state of their own.
 
     W [out, in], a NumPy array or torch tensor, float32 (tensors: of any float dtype). before,
     after: (A [r, in], B [out, r], scaling), as ``AdapterPool.get`` and ``MicroLoRA.weights``

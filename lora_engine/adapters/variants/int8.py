@@ -25,7 +25,7 @@ def _quantized(rows: Any, name: str) -> tuple[Bytes, Floats]:
 
 class Int8LoRA(NamedTuple):
     """A and B in int8 with a float32 scale a direction: absmax quantisation, symmetric
-    (Dettmers et al. 2022, arXiv:2208.07339, eq. 2, by rows).
+    (as Dettmers et al. 2022, arXiv:2208.07339, by rows).
 
     A [r, in], A_scales [r]; B as Bᵀ [r, out], B_scales [r]. Each element is off by at most half
     its row's scale, e_A = A_scales / 2, so an element of the delta's matrix by at most
