@@ -289,14 +289,14 @@ def to_bytes(
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         return save(contiguous, metadata={key: value})
     raws = {
-        name: tensor if isinstance(tensor, Raw) else _raw_of_numpy(tensor)
+        name: tensor if isinstance(tensor, Raw) else raw_of_numpy(tensor)
         for name, tensor in arrays.items()
     }
     start, order = _layout(raws, {key: value})
     return b"".join([start, *(raws[name].data.data for name in order)])
 
 
-def _raw_of_numpy(array: np.ndarray) -> Raw:
+def raw_of_numpy(array: np.ndarray) -> Raw:
     """An array of a dtype that ``to_array`` gives."""
     dtype = next(name for name, known in _NUMPY.items() if array.dtype == known)
     return Raw(dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
