@@ -1,6 +1,7 @@
 // The C ABI: every function checks its handles, calls the core, and turns what
 // was thrown into a status and the calling thread's last error.
 #include <cstdio>
+#include <memory>
 #include <new>
 #include <stdexcept>
 
@@ -19,6 +20,11 @@ struct le_pool {
   le_pool(le_context *c, const le_pool_options &options) : context(c), core(c->core, options) {}
   le_context *context;
   le::AdapterPool core;
+};
+
+struct le_view {
+  le_pool *pool;
+  le::Block *block;
 };
 
 struct le_ewc {
@@ -299,6 +305,25 @@ le_status le_pool_version(le_pool *pool, int32_t slot, uint64_t *version) {
 
 le_status le_pool_rollback(le_pool *pool, int32_t slot) {
   return with("AdapterPool.rollback", "pool", pool, [&](le::AdapterPool &p) { p.rollback(slot); });
+}
+
+le_status le_pool_view(le_pool *pool, int32_t slot, le_array *A, le_array *B_transposed,
+                       le_view **out) {
+  const char *op = "AdapterPool.view";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "A", A);
+    require(op, "B_transposed", B_transposed);
+    require(op, "out", out);
+    std::unique_ptr<le_view> view(new le_view{pool, nullptr});
+    view->block = p.view(slot, A, B_transposed);
+    *out = view.release();
+  });
+}
+
+void le_view_release(le_view *view) {
+  if (!view) return;
+  view->pool->core.unview(view->block);
+  delete view;
 }
 
 le_status le_pool_get_info(le_pool *pool, le_pool_info *info) {
