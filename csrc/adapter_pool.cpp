@@ -1,7 +1,6 @@
 #include "adapter_pool.h"
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -32,7 +31,8 @@ AdapterPool::AdapterPool(Context &context, const le_pool_options &o)
       capacity_(o.capacity),
       max_rank_(o.max_rank > 0 ? o.max_rank : LE_MAX_RANK),
       history_(o.history != 0),
-      seed_(o.seed) {
+      seed_(o.seed),
+      slots_(context.memory) {
   if (in_ < 1 || in_ > INT32_MAX)
     fail(LE_ERROR_VALUE, "AdapterPool: in_features: expected 1 to 2^31 - 1, got %lld",
          static_cast<long long>(in_));
@@ -51,8 +51,8 @@ AdapterPool::AdapterPool(Context &context, const le_pool_options &o)
 AdapterPool::~AdapterPool() {
   context_.remove_pool(this);
   for (int32_t id = 0; id < issued(); ++id) {
-    std::free(slot(id).current);
-    std::free(slot(id).previous);
+    release(slot(id).current);
+    release(slot(id).previous);
   }
 }
 
@@ -83,9 +83,7 @@ int64_t AdapterPool::block_bytes(const int32_t *ranks) const {
 
 Block *AdapterPool::allocate(const int32_t *ranks) {
   int64_t bytes = block_bytes(ranks);
-  void *memory = std::malloc(static_cast<size_t>(bytes));
-  if (!memory) throw std::bad_alloc();
-  Block *block = static_cast<Block *>(memory);
+  Block *block = static_cast<Block *>(context_.memory.allocate(static_cast<size_t>(bytes)));
   std::memcpy(block->ranks, ranks, sizeof(int32_t) * static_cast<size_t>(num_slices()));
   bytes_.fetch_add(bytes, std::memory_order_relaxed);
   return block;
@@ -114,7 +112,7 @@ void AdapterPool::release(Block *block) {
   }
   std::memset(block, 0, static_cast<size_t>(bytes));
   asm volatile("" : : "r"(block) : "memory");
-  std::free(block);
+  context_.memory.release(block, static_cast<size_t>(bytes));
   bytes_.fetch_sub(bytes, std::memory_order_relaxed);
 }
 

@@ -1,9 +1,7 @@
-// The C ABI: every function checks its handles, calls the core, and turns what
-// was thrown into a status and the calling thread's last error.
-#include <cstdio>
+// The C ABI: every function checks its handles and calls the core.
+#include "c_call.h"
+
 #include <memory>
-#include <new>
-#include <stdexcept>
 
 #include "adapt.h"
 #include "consolidate.h"
@@ -11,79 +9,21 @@
 #include "fisher.h"
 #include "nf4_linear.h"
 
-struct le_context {
-  explicit le_context(int num_threads) : core(num_threads) {}
-  le::Context core;
-};
-
-struct le_pool {
-  le_pool(le_context *c, const le_pool_options &options) : context(c), core(c->core, options) {}
-  le_context *context;
-  le::AdapterPool core;
-};
-
 struct le_view {
   le_pool *pool;
   le::Block *block;
 };
 
-struct le_ewc {
-  le_ewc(le_pool *p, int32_t form, float lambda)
-      : context(p->context), core(p->core, form, lambda) {}
-  le_context *context;
-  le::Ewc core;
-};
+using le::core_of;
+using le::guarded;
+using le::require;
+using le::with;
 
 namespace {
 
-struct LastError {
-  const le_context *context = nullptr;
-  char text[512] = "";
-};
-thread_local LastError last_error;
-
-le_status report(const le_context *ctx, le_status status, const char *text) {
-  last_error.context = ctx;
-  std::snprintf(last_error.text, sizeof last_error.text, "%s", text);
-  return status;
-}
-
-template <class Fn>
-le_status guarded(const le_context *ctx, Fn &&fn) noexcept {
-  try {
-    fn();
-    return LE_OK;
-  } catch (const le::Error &e) {
-    return report(ctx, e.status, e.message.c_str());
-  } catch (const std::bad_alloc &) {
-    return report(ctx, LE_ERROR_MEMORY, "out of memory");
-  } catch (const std::length_error &) {
-    return report(ctx, LE_ERROR_MEMORY, "out of memory");
-  } catch (const std::exception &e) {
-    return report(ctx, LE_ERROR_INTERNAL, e.what());
-  } catch (...) {
-    return report(ctx, LE_ERROR_INTERNAL, "unknown exception");
-  }
-}
-
-void require(const char *op, const char *arg, const void *pointer) {
-  if (!pointer) le::fail(LE_ERROR_VALUE, "%s: %s: expected a pointer, got NULL", op, arg);
-}
-
-template <class Handle, class Fn>
-le_status with(const char *op, const char *arg, Handle *handle, Fn &&fn) noexcept {
-  if (!handle) {
-    return guarded(nullptr, [&] { require(op, arg, handle); });
-  }
-  return guarded(handle->context, [&] { fn(handle->core); });
-}
-
 template <class Fn>
 le_status with_context(const char *op, le_context *ctx, Fn &&fn) noexcept {
-  return guarded(ctx, [&] {
-    require(op, "ctx", ctx);
-    fn(ctx->core);
-  });
+  return with(op, "ctx", ctx, std::forward<Fn>(fn));
 }
 
 void check_threads(const char *op, int32_t n, int32_t least) {
@@ -105,7 +45,9 @@ void require_record(const char *op, const le_array *first, const le_array *secon
   require(op, "anchor_B", anchor_B);
 }
 
-le::Ewc *core_of(le_ewc *ewc) { return ewc ? &ewc->core : nullptr; }
+le::Ewc *ewc_of(const char *op, const le_step &step) {
+  return step.ewc ? &core_of(op, "ewc", step.ewc) : nullptr;
+}
 
 }  // namespace
 
@@ -130,10 +72,6 @@ const char *le_status_string(le_status status) {
   return "unknown status";
 }
 
-const char *le_last_error(const le_context *ctx) {
-  return !last_error.context || last_error.context == ctx ? last_error.text : "";
-}
-
 const char *le_isa(void) {
   const char *name = nullptr;
   guarded(nullptr, [&] { name = le::kernels().name; });
@@ -149,15 +87,21 @@ const char *le_isa_built(int32_t i, int32_t *supported) {
   return nullptr;
 }
 
-le_status le_context_create(int32_t num_threads, le_context **out) {
+le_status le_context_create(const le_context_options *options, le_context **out) {
+  const char *op = "le_context_create";
   return guarded(nullptr, [&] {
-    require("le_context_create", "out", out);
-    check_threads("le_context_create", num_threads, 0);
-    *out = new le_context(num_threads);
+    require(op, "out", out);
+    le_context_options o = LE_CONTEXT_OPTIONS;
+    if (options && options->abi_version != LE_ABI_VERSION)
+      le::fail(LE_ERROR_UNSUPPORTED, "%s: abi_version: expected %d, that of the library, got %d",
+               op, LE_ABI_VERSION, options->abi_version);
+    if (options) o = *options;
+    check_threads(op, o.num_threads, 0);
+    *out = le::issue(std::make_shared<le::Context>(o));
   });
 }
 
-void le_context_destroy(le_context *ctx) { delete ctx; }
+void le_context_destroy(le_context *ctx) { le::retire(ctx); }
 
 le_status le_set_num_threads(le_context *ctx, int32_t num_threads) {
   return with_context("set_num_threads", ctx, [&](le::Context &c) {
@@ -167,7 +111,7 @@ le_status le_set_num_threads(le_context *ctx, int32_t num_threads) {
 }
 
 int32_t le_get_num_threads(const le_context *ctx) {
-  return ctx ? ctx->core.threads.num_threads() : 0;
+  return ctx && ctx->tag == le::tag_of(ctx) ? ctx->core->threads.num_threads() : 0;
 }
 
 le_status le_set_tuning(le_context *ctx, int64_t bytes_per_thread, int64_t tile_rows) {
@@ -209,7 +153,8 @@ le_status le_nf4_linear(le_context *ctx, const le_array *x, const le_nf4 *w, con
                         le_pool *pool, const le_array *ids, const le_array *weights,
                         int32_t compute, const le_array *y) {
   return with_context("nf4_linear", ctx, [&](le::Context &c) {
-    le::nf4_linear(c, {x, w, bias, pool ? &pool->core : nullptr, ids, weights, compute, y});
+    le::nf4_linear(c, {x, w, bias, pool ? &core_of("nf4_linear", "pool", pool) : nullptr, ids,
+                       weights, compute, y});
   });
 }
 
@@ -242,14 +187,16 @@ le_status le_lora_fisher_factors(le_context *ctx, const le_array *x, const le_ar
 }
 
 le_status le_pool_create(le_context *ctx, const le_pool_options *options, le_pool **out) {
-  return with_context("AdapterPool", ctx, [&](le::Context &) {
+  return with_context("AdapterPool", ctx, [&](le::Context &c) {
     require("AdapterPool", "options", options);
     require("AdapterPool", "out", out);
-    *out = new le_pool(ctx, *options);
+    std::shared_ptr<le::Context> kept = ctx->core;
+    *out = le::issue(std::shared_ptr<le::AdapterPool>(new le::AdapterPool(c, *options),
+                                                      [kept](le::AdapterPool *p) { delete p; }));
   });
 }
 
-void le_pool_destroy(le_pool *pool) { delete pool; }
+void le_pool_destroy(le_pool *pool) { le::retire(pool); }
 
 le_status le_pool_add(le_pool *pool, const le_array *A, const le_array *B, float scaling,
                       int32_t *slot) {
@@ -355,7 +302,7 @@ le_status le_pool_adapt(le_pool *pool, const le_array *x, const le_array *grad, 
   return with(op, "pool", pool, [&](le::AdapterPool &p) {
     require(op, "step", step);
     require(op, "outcomes", outcomes);
-    le::pool_adapt(p, x, grad, ids, weights, *step, core_of(step->ewc), outcomes);
+    le::pool_adapt(p, x, grad, ids, weights, *step, ewc_of(op, *step), outcomes);
   });
 }
 
@@ -366,7 +313,7 @@ le_status le_pool_adapt_slot(le_pool *pool, int32_t slot, const le_array *x, con
     require(op, "step", step);
     require(op, "outcome", outcome);
     require(op, "grad_norm", grad_norm);
-    le::pool_adapt_slot(p, slot, x, grad, *step, core_of(step->ewc), outcome, grad_norm);
+    le::pool_adapt_slot(p, slot, x, grad, *step, ewc_of(op, *step), outcome, grad_norm);
   });
 }
 
@@ -396,7 +343,7 @@ le_status le_pool_apply(le_pool *pool, int32_t slot, const le_array *gradient, f
     require(op, "step", step);
     require(op, "outcome", outcome);
     require(op, "grad_norm", grad_norm);
-    le::pool_apply(p, slot, gradient, scale, *step, core_of(step->ewc), outcome, grad_norm);
+    le::pool_apply(p, slot, gradient, scale, *step, ewc_of(op, *step), outcome, grad_norm);
   });
 }
 
@@ -406,13 +353,15 @@ le_status le_pool_shrink(le_pool *pool, int32_t slot, const le_array *x, const l
 }
 
 le_status le_ewc_create(le_pool *pool, int32_t form, float ewc_lambda, le_ewc **out) {
-  return with("EWC", "pool", pool, [&](le::AdapterPool &) {
+  return with("EWC", "pool", pool, [&](le::AdapterPool &p) {
     require("EWC", "out", out);
-    *out = new le_ewc(pool, form, ewc_lambda);
+    std::shared_ptr<le::AdapterPool> kept = pool->core;
+    *out = le::issue(std::shared_ptr<le::Ewc>(new le::Ewc(p, form, ewc_lambda),
+                                              [kept](le::Ewc *e) { delete e; }));
   });
 }
 
-void le_ewc_destroy(le_ewc *ewc) { delete ewc; }
+void le_ewc_destroy(le_ewc *ewc) { le::retire(ewc); }
 
 le_status le_ewc_set(le_ewc *ewc, int32_t slot, const le_array *first, const le_array *second) {
   return with("EWC.set", "ewc", ewc, [&](le::Ewc &e) {

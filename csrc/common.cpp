@@ -17,12 +17,13 @@ const char *dtype_name(int32_t dtype) {
 }
 
 void fail(le_status status, const char *format, ...) {
-  char text[512];
+  Error error;
+  error.status = status;
   va_list args;
   va_start(args, format);
-  std::vsnprintf(text, sizeof text, format, args);
+  std::vsnprintf(error.text, sizeof error.text, format, args);
   va_end(args);
-  throw Error{status, text};
+  throw error;
 }
 
 }  // namespace le

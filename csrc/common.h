@@ -34,7 +34,7 @@ const char *dtype_name(int32_t dtype);
 // Thrown inside the core only; c_api.cpp turns it into a status.
 struct Error {
   le_status status;
-  std::string message;
+  char text[512];
 };
 
 [[noreturn]] __attribute__((format(printf, 2, 3))) void fail(le_status status, const char *format,

@@ -29,9 +29,18 @@ void after_fork(bool in_child) {
   registry().mutex.unlock();
 }
 
+uint64_t next_id() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
+
 }  // namespace
 
-Context::Context(int num_threads) : threads(num_threads > 0 ? num_threads : available_cpus()) {
+Context::Context(const le_context_options &options)
+    : threads(options.num_threads, options.threads),
+      memory(options.allocator),
+      id_(next_id()),
+      log_(options.log ? *options.log : le_log{}) {
   static std::once_flag once;
   std::call_once(once, [] {
     pthread_atfork(before_fork, [] { after_fork(false); }, [] { after_fork(true); });

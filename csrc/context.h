@@ -1,10 +1,11 @@
-// What every call needs: the thread pool, and the list of pools for fork.
+// What every call needs: the thread pool, the memory, the log, and the list of pools for fork.
 #pragma once
 
 #include <atomic>
 #include <mutex>
 #include <vector>
 
+#include "memory.h"
 #include "thread_pool.h"
 
 namespace le {
@@ -18,12 +19,18 @@ constexpr int64_t kTileRows = 16;  // rows that share one pass over an adapter's
 
 class Context {
  public:
-  explicit Context(int num_threads);
+  explicit Context(const le_context_options &options);
   ~Context();
   Context(const Context &) = delete;
   Context &operator=(const Context &) = delete;
 
   ThreadPool threads;
+  Memory memory;
+
+  uint64_t id() const { return id_; }  // no other context's, ever
+  void log(le_log_level level, const char *text) const noexcept {
+    if (log_.write) log_.write(log_.user, level, text);
+  }
 
   // How many threads work of this many bytes is worth.
   int threads_for(int64_t bytes) const;
@@ -39,6 +46,8 @@ class Context {
   void release_after_fork(bool in_child);
 
  private:
+  const uint64_t id_;
+  const le_log log_;
   std::mutex mutex_;
   std::vector<AdapterPool *> pools_;
   std::atomic<int64_t> bytes_per_thread_{kBytesPerThread}, tile_rows_{kTileRows};

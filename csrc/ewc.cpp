@@ -38,7 +38,7 @@ std::array<Part, 4> parts(const AdapterPool &pool, int32_t form, const EwcRecord
                           const Block &block, int s) {
   SliceView view = pool.slice(block, s);
   int64_t in = pool.in_features(), out = pool.slice_out(s), rank = view.rank;
-  auto at = [](const std::vector<float> &v, int64_t element) {
+  auto at = [](const Floats &v, int64_t element) {
     return const_cast<char *>(reinterpret_cast<const char *>(v.data() + element));
   };
   auto factor_a = [&](char *to) { return Rows{to, rank, in, in, 1}; };
@@ -101,7 +101,7 @@ int64_t factors_before(const AdapterPool &pool, const Block &block, int s) {
 }
 
 Ewc::Ewc(AdapterPool &pool, int32_t form, float lambda)
-    : pool_(pool), form_(form), lambda_(lambda) {
+    : pool_(pool), form_(form), lambda_(lambda), records_(pool.context().memory) {
   check_lambda("EWC", lambda);
   if (form != LE_EWC_FACTOR && form != LE_EWC_DELTA)
     fail(LE_ERROR_VALUE, "EWC: form: expected factor or delta, got %d", form);
@@ -139,7 +139,7 @@ void Ewc::record(const char *op, int32_t id, std::initializer_list<const le_arra
   std::unique_ptr<EwcRecord> &to = entry(id);
   ExclusiveSlot held(op, pool_, id);
   const Block &block = *held.slot.current;
-  auto made = std::make_unique<EwcRecord>();
+  auto made = std::make_unique<EwcRecord>(pool_.context().memory);
   int slices = pool_.num_slices();
   int64_t elements = pool_.elements(block);
   made->epoch = block.epoch;

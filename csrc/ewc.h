@@ -11,12 +11,16 @@
 
 namespace le {
 
+using Floats = std::vector<float, Allocator<float>>;
+
 struct EwcRecord {
+  explicit EwcRecord(Memory &memory)
+      : fisher(Allocator<float>(memory)), anchor(fisher), largest(fisher) {}
   uint32_t epoch;  // of the adapter it was made for; for another it does not count
   // The anchor is laid out like the slot's weights, and so is fisher in factor form; in delta
   // form it holds u [out] and v [in] of each slice that is there.
-  std::vector<float> fisher, anchor;
-  std::vector<float> largest;  // delta form: of u and of v, slice by slice
+  Floats fisher, anchor;
+  Floats largest;  // delta form: of u and of v, slice by slice
 };
 
 // In delta form, where u of a slice begins.

@@ -10,7 +10,7 @@ namespace le_py {
 le_context *context() {
   static le_context *ctx = [] {
     le_context *made = nullptr;
-    le_context_create(0, &made);
+    le_context_create(nullptr, &made);
     return made;
   }();
   return ctx;

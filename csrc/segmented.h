@@ -3,8 +3,8 @@
 
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
-#include <new>
+
+#include "memory.h"
 
 namespace le {
 
@@ -14,14 +14,14 @@ namespace le {
 template <class T>
 class Segmented {
  public:
-  Segmented() = default;
+  explicit Segmented(Memory &memory) : memory_(memory) {}
   Segmented(const Segmented &) = delete;
   Segmented &operator=(const Segmented &) = delete;
   ~Segmented() {
     for (int k = 0; k < kSegments; ++k) {
       T *entries = segments_[k].load();
       for (int64_t i = 0; entries && i < kFirst << k; ++i) entries[i].~T();
-      std::free(entries);
+      memory_.release(entries, bytes_of(k));
     }
   }
 
@@ -36,10 +36,9 @@ class Segmented {
     int64_t bytes = 0;
     for (int k = 0; k < kSegments && start_of(k) < count; ++k) {
       if (segments_[k].load(std::memory_order_relaxed)) continue;
-      void *zeros = std::calloc(static_cast<size_t>(kFirst << k), sizeof(T));
-      if (!zeros) throw std::bad_alloc();
+      void *zeros = memory_.allocate_zeros(bytes_of(k));
       segments_[k].store(static_cast<T *>(zeros), std::memory_order_release);
-      bytes += (kFirst << k) * static_cast<int64_t>(sizeof(T));
+      bytes += static_cast<int64_t>(bytes_of(k));
     }
     return bytes;
   }
@@ -51,10 +50,12 @@ class Segmented {
   static constexpr int64_t kFirst = 64;
 
   static constexpr int64_t start_of(int k) { return (kFirst << k) - kFirst; }
+  static constexpr size_t bytes_of(int k) { return static_cast<size_t>(kFirst << k) * sizeof(T); }
   static int segment_of(int64_t i) {
     return 63 - __builtin_clzll(static_cast<uint64_t>(i / kFirst + 1));
   }
 
+  Memory &memory_;
   std::atomic<T *> segments_[kSegments] = {};
 };
 

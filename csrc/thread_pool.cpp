@@ -129,7 +129,10 @@ struct ThreadPool::State {
   }
 };
 
-ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), state_(new State) {}
+ThreadPool::ThreadPool(int num_threads, const le_host_threads *host)
+    : host_(host ? *host : le_host_threads{}), state_(new State) {
+  num_threads_ = num_threads ? num_threads : host ? host->num_threads : available_cpus();
+}
 
 ThreadPool::~ThreadPool() {
   state_->stop_workers();
@@ -142,7 +145,35 @@ void ThreadPool::set_num_threads(int n) {
   num_threads_.store(n);
 }
 
+// As many tasks of the host's as threads may take part; each takes ours until there are none.
+void ThreadPool::run_on_host(int64_t tasks, int threads, TaskFn fn, void *body) const {
+  struct Job {
+    TaskFn fn;
+    void *body;
+    int64_t tasks;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> out_of_memory{false};
+  } job{fn, body, tasks, {}, {}};
+  auto share = [](void *arg, int64_t) {
+    Job &j = *static_cast<Job *>(arg);
+    for (int64_t task; (task = j.next.fetch_add(1, std::memory_order_relaxed)) < j.tasks;) {
+      try {
+        j.fn(j.body, task);
+      } catch (...) {
+        j.out_of_memory.store(true, std::memory_order_relaxed);
+      }
+    }
+  };
+  int64_t shares = std::min<int64_t>(tasks, std::min(threads, num_threads()));
+  host_.run(host_.user, shares, share, &job);
+  if (job.out_of_memory.load(std::memory_order_relaxed)) throw std::bad_alloc();
+}
+
 bool ThreadPool::try_run(int64_t tasks, int threads, TaskFn fn, void *body) {
+  if (host_.run) {
+    run_on_host(tasks, threads, fn, body);
+    return true;
+  }
   std::unique_lock<std::mutex> lock(job_, std::try_to_lock);
   if (!lock.owns_lock()) return false;
   State &s = *state_;

@@ -6,11 +6,15 @@
 #include <mutex>
 #include <type_traits>
 
+#include "include/lora_engine.h"
+
 namespace le {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int num_threads);
+  // num_threads 0: the CPUs that there are, or as many as the host lends. host: whose threads
+  // run the jobs; NULL: workers of its own.
+  ThreadPool(int num_threads, const le_host_threads *host);
   ~ThreadPool();
   ThreadPool(const ThreadPool &) = delete;
   ThreadPool &operator=(const ThreadPool &) = delete;
@@ -19,7 +23,7 @@ class ThreadPool {
   void set_num_threads(int n);
 
   // Runs fn(task) for each task in [0, tasks), the caller taking part, on at
-  // most `threads` threads. Runs in the caller alone where the pool is busy
+  // most `threads` threads. Runs in the caller alone where its own workers are busy
   // with another caller's job. Throws std::bad_alloc if a task did.
   template <class Fn>
   void run(int64_t tasks, int threads, Fn &&fn) {
@@ -41,8 +45,10 @@ class ThreadPool {
   static void call(void *body, int64_t task) {
     (*static_cast<Body *>(body))(task);
   }
+  void run_on_host(int64_t tasks, int threads, TaskFn fn, void *body) const;
   bool try_run(int64_t tasks, int threads, TaskFn fn, void *body);
 
+  const le_host_threads host_;
   std::atomic<int> num_threads_;
   std::mutex job_;  // held by the caller whose job runs
   State *state_;    // shared with the workers; remade in a forked child

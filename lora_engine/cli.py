@@ -9,6 +9,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from lora_engine import merge_command
 from lora_engine.tuning import command
 
 
@@ -88,13 +89,17 @@ def main(argv: list[str] | None = None) -> int:
     tune = commands.add_parser("tune", help="measure what is quickest on this CPU and GPU")
     command.add_arguments(tune)
     tune.set_defaults(run=command.run)
+    merge = commands.add_parser("merge", help="merge PEFT adapter folders into one")
+    merge_command.add_arguments(merge)
+    merge.set_defaults(run=merge_command.run)
     bench = commands.add_parser(
         "bench", add_help=False, help="latencies against peers, as a page to look at; in a checkout"
     )
     bench.set_defaults(run=_bench)
-    args, args.rest = parser.parse_known_args(argv)  # bench reads its own arguments
-    if args.rest and args.run is not _bench:
-        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run is not _bench:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest  # bench reads its own arguments
     try:
         status = int(args.run(args))
         sys.stdout.flush()

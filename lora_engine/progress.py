@@ -16,8 +16,9 @@ _PATIENCE = 1.0  # seconds of work before there is a bar
 class Bar:
     """A bar on standard error once the work has taken a second; on terminals, and with rich."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total, self._done = what, total, 0
+    def __init__(self, what: str, total: int | None = None) -> None:
+        """total: None where it is not known yet; set it once it is."""
+        self._what, self.total, self._done = what, total, 0
         self._start = perf_counter()
         self._bar: Any = None
         self._wanted = sys.stderr is not None and sys.stderr.isatty()
@@ -31,7 +32,7 @@ class Bar:
             self._show()
         if self._bar is not None:
             note = "" if loss is None else f"loss {loss:.4g}"
-            self._bar.update(0, completed=self._done, note=note)
+            self._bar.update(0, completed=self._done, total=self.total, note=note)
 
     def _show(self) -> None:
         try:
@@ -47,7 +48,7 @@ class Bar:
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
         )
-        self._bar.add_task(self._what, total=self._total, note="")
+        self._bar.add_task(self._what, total=self.total, note="")
         self._bar.start()
 
     def __exit__(self, *_: object) -> None:

@@ -25,6 +25,14 @@ class LeArray(c.Structure):
     ]
 
 
+class LeContextOptions(c.Structure):
+    _fields_ = [
+        ("abi_version", c.c_int32),
+        ("num_threads", c.c_int32),
+        *((name, c.c_void_p) for name in ("threads", "allocator", "log")),
+    ]
+
+
 class LePoolOptions(c.Structure):
     _fields_ = [
         ("in_features", c.c_int64),
@@ -139,7 +147,8 @@ def view(a: np.ndarray) -> LeArray:
 @pytest.fixture
 def handles():
     ctx, pool = c.c_void_p(), c.c_void_p()
-    assert LIB.le_context_create(2, c.byref(ctx)) == OK
+    options = LeContextOptions(1, 2, None, None, None)
+    assert LIB.le_context_create(c.byref(options), c.byref(ctx)) == OK
     out = c.c_int64(8)
     options = LePoolOptions(16, c.pointer(out), 1, 0, 0, 0, 0, 0)
     assert LIB.le_pool_create(ctx, c.byref(options), c.byref(pool)) == OK
@@ -361,4 +370,5 @@ def test_null_pointers_are_refused(handles):
     assert LIB.le_pool_forward(pool, view(x), None, None, 0, 1, view(y)) == VALUE
     assert LIB.le_pool_forward(pool, view(x), view(ids), None, 0, 1, None) == VALUE
     assert LIB.le_pool_create(ctx, None, None) == VALUE
-    assert LIB.le_context_create(-1, c.byref(c.c_void_p())) == VALUE
+    options = LeContextOptions(1, -1, None, None, None)
+    assert LIB.le_context_create(c.byref(options), c.byref(c.c_void_p())) == VALUE

@@ -194,7 +194,7 @@ NAN = le.Adapter({"q": A.modules["q"]._replace(B=np.full((20, 3), np.nan, "f4"))
         ),
         (
             [(A, 1.0), (le.Adapter({}, A.modules), 1.0)], {}, ValueError,
-            r"adapters\[1\]: q: expected a linear layer as in adapters\[0\], got a embedding",
+            r"adapters\[1\]: q: expected linear as in adapters\[0\], got embedding",
         ),
         ([(A, 1.0), (NAN, 1.0)], {}, ValueError, r"adapters\[1\]: q: expected finite numbers"),
         (

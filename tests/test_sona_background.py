@@ -149,6 +149,7 @@ def test_rollback():
     assert sona.background().applied
     assert not np.allclose(served(sona, 0), before[0])
     assert sona.rollback()
+    assert sona.stats().pending_samples == 450
     for was, s in zip(before, (0, 1, "new"), strict=True):
         assert np.array_equal(served(sona, s), was)
     assert len(module(sona).pool) == used

@@ -7,18 +7,22 @@
  *   (ndim 1) stands for one row. The delta of a row is scaling * B (A x).
  * - Arrays are borrowed for the length of the call and described by le_array:
  *   strides count elements, not bytes. Outputs are owned by the caller.
- * - Handles are opaque. A pool borrows its context and an le_ewc borrows its
- *   pool: destroy the borrower first.
+ * - Handles are opaque. A pool keeps its context and an le_ewc its pool, so they may be
+ *   destroyed in any order. A handle that was destroyed is refused (LE_ERROR_VALUE), and
+ *   destroying it again does nothing, until its memory is issued again, after 64 others.
  * - Every function that can fail returns an le_status; le_last_error(ctx)
  *   says what was wrong, in words, for the calling thread. Arguments are
- *   checked before any memory is touched: on an error nothing was written.
+ *   checked before any memory is touched: on such an error nothing was written.
+ *   After LE_ERROR_MEMORY the outputs may be written in part; an adapter is
+ *   whole, as it was or as it should become.
  * - All functions may be called from any thread, except the *_destroy
- *   functions, which need their handle to be idle. Nothing is thrown,
- *   nothing is printed.
+ *   functions, which need their handle to be idle. Forward on a slot while another thread
+ *   adapts it sees its weights before or after. Nothing is thrown, nothing is printed.
  */
 #ifndef LORA_ENGINE_H
 #define LORA_ENGINE_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -78,8 +82,9 @@ LE_API uint32_t le_version(void);
 /* Compare with LE_ABI_VERSION before anything else. */
 LE_API int32_t le_abi_version(void);
 LE_API const char *le_status_string(le_status status);
-/* What the calling thread's last failing call said; "" if none failed.
- * Valid until that thread's next failing call. */
+/* What the calling thread's last failing call said of those with this context, its pools
+ * and their le_ewc, or with no usable handle at all; ctx NULL: of all. "" if none failed. For
+ * the four contexts that failed last; valid until the thread's next failing call. */
 LE_API const char *le_last_error(const le_context *ctx);
 
 /* Name of the instruction set in use: chosen at first use, the best this CPU
@@ -90,13 +95,62 @@ LE_API const char *le_isa(void);
  * and whether this CPU runs it. */
 LE_API const char *le_isa_built(int32_t i, int32_t *supported);
 
-/* ---- context: one thread pool ------------------------------------------ */
+/* A tensor of DLPack as an le_array, for any function here: const DLTensor * of dlpack.h, which
+ * this header does not include. In memory that the CPU reads; of a dtype of le_dtype; at most
+ * LE_MAX_DIMS dimensions. Its memory, not its shape, is borrowed by what is written to *out. */
+LE_API le_status le_array_from_dltensor(const void *dltensor, le_array *out);
 
-/* num_threads 0: the number of CPUs the process may run on. Workers start
- * when first needed and park within 50 us of their last work. */
-LE_API le_status le_context_create(int32_t num_threads, le_context **out);
-LE_API void le_context_destroy(le_context *ctx);
+/* ---- context: threads, memory, log --------------------------------------- */
+
+/* Threads that the host lends. run must call task(arg, i) once for every i in [0, count), on
+ * any of its threads and the calling one, at the same time or in turn, and return when all of
+ * them have. It may be called by several threads at once; num_threads: as many as can take part
+ * in one run, from 1. Neither a task nor run may throw. */
+typedef struct le_host_threads {
+  void *user;
+  int32_t num_threads;
+  void (*run)(void *user, int64_t count, void (*task)(void *arg, int64_t i), void *arg);
+} le_host_threads;
+
+/* Where adapters, slot tables and EWC records lie: what grows with the number of adapters. Work
+ * buffers, which belong to threads, do not. allocate returns memory aligned as malloc's, or NULL
+ * (the call then ends in LE_ERROR_MEMORY); release gets the same number of bytes, in any thread. */
+typedef struct le_allocator {
+  void *user;
+  void *(*allocate)(void *user, size_t bytes);
+  void (*release)(void *user, void *memory, size_t bytes);
+} le_allocator;
+
+typedef enum le_log_level {
+  LE_LOG_ERROR = 0,  /* a call failed; the text of le_last_error */
+  LE_LOG_WARNING = 1 /* it works, with fewer threads than were asked for */
+} le_log_level;
+
+/* Called on the thread that it happened on, which may hold locks of the engine: write must not
+ * call the engine. The text is valid during the call. */
+typedef struct le_log {
+  void *user;
+  void (*write)(void *user, int32_t level, const char *text);
+} le_log;
+
+typedef struct le_context_options {
+  int32_t abi_version;            /* LE_ABI_VERSION; another is LE_ERROR_UNSUPPORTED */
+  int32_t num_threads;            /* 0: the CPUs the process may run on, or all that are lent */
+  const le_host_threads *threads; /* NULL: workers of its own. All three are copied, */
+  const le_allocator *allocator;  /* NULL: malloc;      and what they name must last until */
+  const le_log *log;              /* NULL: none         the context and its pools are destroyed */
+} le_context_options;
+
+/* What NULL stands for. */
+#define LE_CONTEXT_OPTIONS {LE_ABI_VERSION, 0, NULL, NULL, NULL}
+
+/* Its own workers start when first needed and park within 50 us of their last work. One context
+ * is enough for a process. */
+LE_API le_status le_context_create(const le_context_options *options, le_context **out);
+LE_API void le_context_destroy(le_context *ctx); /* NULL: nothing */
+/* 1 to 4096; of lent threads, at most as many as there are take part. */
 LE_API le_status le_set_num_threads(le_context *ctx, int32_t num_threads);
+/* 0 where ctx is no context in use. */
 LE_API int32_t le_get_num_threads(const le_context *ctx);
 /* Caps the threads that calls from this thread use (0: no cap); returns the
  * cap that was in force. */
@@ -189,6 +243,19 @@ typedef struct le_view le_view;
 LE_API le_status le_pool_view(le_pool *pool, int32_t slot, le_array *A, le_array *B_transposed,
                               le_view **out);
 LE_API void le_view_release(le_view *view);
+/* The slot's weights as a safetensors file in memory, in the pool's dtype and under PEFT's keys:
+ * base_model.model.<module>.lora_A.weight [r, in] and ...lora_B.weight [out, r]. modules: one
+ * name a slice, UTF-8, none twice; that of a missing slice is not read. *size is set to the
+ * bytes there are; with buffer NULL nothing else is done, else capacity must hold them. The
+ * scaling is not in it: PEFT keeps lora_alpha in adapter_config.json. */
+LE_API le_status le_pool_export(le_pool *pool, int32_t slot, const char *const *modules,
+                                void *buffer, size_t capacity, size_t *size);
+/* Adds an adapter from such bytes, of any origin: all is checked before anything is allocated
+ * for it. Tensors of other modules are ignored, a slice whose module is not there is missing. F32,
+ * BF16 and F16 are taken; NaN and Inf are refused. modules NULL: a pool of one slice, bytes of
+ * one module. scaling: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. */
+LE_API le_status le_pool_import(le_pool *pool, const void *bytes, size_t size,
+                                const char *const *modules, float scaling, int32_t *slot);
 
 typedef struct le_pool_info {
   int64_t live;   /* slots in use */

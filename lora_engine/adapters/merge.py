@@ -32,7 +32,8 @@ _BLOCK = 1 << 22  # elements of a dense delta that are made at a time
 # What a config says of the one adapter's weights: `Adapter.save` says it of the merged ones.
 _OWN_KEYS = (
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
-    "init_lora_weights", "lora_dropout", "lora_bias", "bias",
+    "init_lora_weights", "lora_dropout", "lora_bias", "bias", "layers_to_transform",
+    "layers_pattern", "exclude_modules", "modules_to_save",
 )  # fmt: skip
 
 
@@ -71,12 +72,24 @@ class _Options:
         return np.random.Generator(np.random.Philox(key=key))
 
 
+class _Part(NamedTuple):
+    """An adapter that takes part; place: in the list that was given."""
+
+    place: int
+    name: str
+    weight: float
+    adapter: Adapter
+
+
 class _Term(NamedTuple):
     """One adapter's weights of a module; scale = weight times scaling."""
 
-    part: int  # its place among the adapters given
-    weight: float
+    part: _Part
     lora: LoraWeights
+
+    @property
+    def weight(self) -> float:
+        return self.part.weight
 
     @property
     def scale(self) -> float:
@@ -114,68 +127,95 @@ def _checked_options(
     return _Options(method, None if rank is None else int(rank), kept, majority_sign_method, seed)
 
 
-def as_adapter(op: str, source: Any) -> Adapter:
-    """The adapter of an Adapter, a MicroLoRA or a folder."""
+def _as_adapter(name: str, source: Any) -> Adapter:
     if isinstance(source, Adapter):
         return source
     if isinstance(source, MicroLoRA):
-        names = source.config.target_modules
-        return Adapter({name: LoraWeights(*source.weights(name)) for name in names})
+        return Adapter.from_micro_lora(source)
     if isinstance(source, (str, os.PathLike)):
-        return as_adapter(op, MicroLoRA.load(source))
+        return Adapter.load(source)
     raise TypeError(
-        f"{op}: adapter: expected an Adapter, a MicroLoRA or a folder, got {type(source).__name__}"
+        f"merge_adapters: {name}: expected an Adapter, a MicroLoRA or a folder,"
+        f" got {type(source).__name__}"
     )
 
 
-def _checked_weight(index: int, weight: Any) -> float:
-    number = isinstance(weight, (int, float, np.number)) and not isinstance(weight, bool)
-    if not number or not math.isfinite(weight):
-        raise _bad(f"adapters[{index}]: weight", "a finite number", repr(weight))
-    return float(weight)
+def _checked_parts(adapters: Any) -> list[_Part]:
+    """Those of a weight that is not 0, read."""
+    try:
+        pairs = [(source, weight) for source, weight in adapters]
+    except (TypeError, ValueError):
+        raise TypeError(
+            "merge_adapters: adapters: expected pairs (adapter, weight), got others"
+        ) from None
+    named = []
+    for place, (source, weight) in enumerate(pairs):
+        is_path = isinstance(source, (str, os.PathLike))
+        name = os.fspath(source) if is_path else f"adapters[{place}]"
+        number = isinstance(weight, (int, float, np.number)) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight):
+            raise _bad(f"{name}: weight", "a finite number", repr(weight))
+        if weight != 0:
+            named.append((place, name, float(weight), source))
+    if not named:
+        raise _bad("adapters", "at least one of a weight that is not 0", "none")
+    return [_Part(at, name, w, _as_adapter(name, source)) for at, name, w, source in named]
 
 
 def _shape(lora: LoraWeights) -> tuple[int, int]:
     return lora.A.shape[1], lora.B.shape[0]
 
 
-def _check_fit(parts: Sequence[tuple[int, float, Adapter]]) -> None:
+def _check_fit(parts: Sequence[_Part]) -> None:
     """Raises ValueError where a module has another kind or shape from adapter to adapter."""
-    seen: dict[str, tuple[int, str, tuple[int, int]]] = {}
-    for index, _, adapter in parts:
-        for kind, loras in (("linear", adapter.modules), ("embedding", adapter.embeddings)):
+    seen: dict[str, tuple[str, str, tuple[int, int]]] = {}
+    for part in parts:
+        kinds = ("linear", part.adapter.modules), ("embedding", part.adapter.embeddings)
+        for kind, loras in kinds:
             for name, lora in loras.items():
-                what = f"adapters[{index}]: {name}"
-                first, was, shape = seen.setdefault(name, (index, kind, _shape(lora)))
+                what = f"{part.name}: {name}"
+                first, was, shape = seen.setdefault(name, (part.name, kind, _shape(lora)))
                 if was != kind:
-                    raise _bad(what, f"a {was} layer as in adapters[{first}]", f"a {kind} layer")
+                    raise _bad(what, f"{was} as in {first}", kind)
                 if _shape(lora) != shape:
-                    raise _bad(
-                        what, f"(in, out) = {shape} as in adapters[{first}]", str(_shape(lora))
-                    )
+                    raise _bad(what, f"(in, out) = {shape} as in {first}", str(_shape(lora)))
                 finite = np.isfinite(lora.A).all() and np.isfinite(lora.B).all()
                 if not finite or not math.isfinite(lora.scaling):
                     raise _bad(what, "finite numbers", "NaN or Inf")
 
 
-def _merged_biases(parts: Sequence[tuple[int, float, Adapter]]) -> dict[str, Array]:
+def _merged_biases(parts: Sequence[_Part]) -> dict[str, Array]:
     """Whole biases stand in for the base's: their sum is that of deltas where the weights are 1."""
     merged: dict[str, Array] = {}
-    total = math.fsum(weight for _, weight, _ in parts)
-    for name in dict.fromkeys(name for _, _, adapter in parts for name in adapter.biases):
+    total = math.fsum(part.weight for part in parts)
+    for name in dict.fromkeys(name for part in parts for name in part.adapter.biases):
         biases = []
-        for index, _, adapter in parts:
-            what, want = f"adapters[{index}]: bias of {name}", parts[0][2].biases.get(name)
-            if want is None or name not in adapter.biases:
+        for part in parts:
+            what, want = f"{part.name}: bias of {name}", parts[0].adapter.biases.get(name)
+            if want is None or name not in part.adapter.biases:
                 raise _bad(what, "whole biases in all adapters, or in none", "one without")
-            biases.append(adapter.biases[name])
+            biases.append(part.adapter.biases[name])
             if biases[-1].shape != want.shape:
                 raise _bad(what, f"shape {want.shape}", str(biases[-1].shape))
         if abs(total - 1) > 1e-6:
             what = f"weights, with the bias of {name}"
             raise _bad(what, "a sum of 1, as whole biases hold the base's too", f"{total:g}")
-        merged[name] = weighted_sum(biases, [weight for _, weight, _ in parts])
+        merged[name] = weighted_sum(biases, [part.weight for part in parts])
     return merged
+
+
+def _kept_whole(parts: Sequence[_Part]) -> dict[str, Any]:
+    """modules_to_save, which are no deltas: those that all who have them agree on."""
+    kept: dict[str, Any] = {}
+    for part in parts:
+        for name, tensor in part.adapter.modules_to_save.items():
+            if not np.array_equal(kept.setdefault(name, tensor), tensor):
+                raise _bad(
+                    f"{part.name}: {name}",
+                    "the same weights in all adapters, as modules_to_save are not merged",
+                    "others",
+                )
+    return kept
 
 
 # ---- one module -------------------------------------------------------------
@@ -183,13 +223,13 @@ def _merged_biases(parts: Sequence[tuple[int, float, Adapter]]) -> dict[str, Arr
 
 def _pruned(name: str, term: _Term, options: _Options) -> _Term:
     """A and B each with the density of elements that the method keeps."""
-    A, B, scaling, bias = term.lora
+    A, B = term.lora.A, term.lora.B
     if options.method.startswith("dare"):
-        rng = options.rng(name, term.part)
+        rng = options.rng(name, term.part.place)
         A, B = drop(A, options.density, rng), drop(B, options.density, rng)
     elif options.method in ("ties", "magnitude_prune"):
         A, B = trim(A, options.density), trim(B, options.density)
-    return term._replace(lora=LoraWeights(A, B, scaling, bias))
+    return term._replace(lora=term.lora._replace(A=A, B=B))
 
 
 def _of_svd(svd: Svd, like: _Term) -> LoraWeights:
@@ -221,8 +261,8 @@ def _of_factors(name: str, terms: Sequence[_Term], options: _Options) -> LoraWei
     for term in terms:
         if len(term.lora.A) != len(first.A):
             raise _bad(
-                f"adapters[{term.part}]: {name}",
-                f"rank {len(first.A)} as in adapters[{terms[0].part}] for {options.method}"
+                f"{term.part.name}: {name}",
+                f"rank {len(first.A)} as in {terms[0].part.name} for {options.method}"
                 " (svd and ties_svd take ranks that differ)",
                 f"rank {len(term.lora.A)}",
             )
@@ -267,7 +307,7 @@ def _bias(name: str, terms: Sequence[_Term], options: _Options) -> Array | None:
     biases = [t.lora.bias_delta for t in having if t.lora.bias_delta is not None]
     weights = [t.weight for t in having]
     if options.method.startswith("dare"):
-        rngs = [options.rng(f"{name}.bias", t.part) for t in having]
+        rngs = [options.rng(f"{name}.bias", t.part.place) for t in having]
         biases = [drop(b, options.density, rng) for b, rng in zip(biases, rngs, strict=True)]
     elif options.method in PRUNING:
         biases = [trim(b, options.density) for b in biases]
@@ -319,37 +359,28 @@ def merge(
     on_module(of how many, module) is called after each.
     """
     options = _checked_options(method, rank, density, majority_sign_method, seed)
-    try:
-        pairs = [(source, weight) for source, weight in adapters]
-    except (TypeError, ValueError):
-        raise TypeError(
-            "merge_adapters: adapters: expected pairs (adapter, weight), got others"
-        ) from None
-    weights = [_checked_weight(i, weight) for i, (_, weight) in enumerate(pairs)]
-    if not any(weights):
-        raise _bad("adapters", "at least one of a weight that is not 0", "none")
-    parts = [
-        (i, weight, as_adapter("merge_adapters", source))
-        for i, ((source, _), weight) in enumerate(zip(pairs, weights, strict=True))
-        if weight != 0
-    ]
+    parts = _checked_parts(adapters)
     _check_fit(parts)
-    _, weight, first = parts[0]
+    _, _, weight, first = parts[0]
     if len(parts) == 1 and weight == 1 and options.keeps(first):
         loras = {**first.modules, **first.embeddings}
         kept = [MergedModule(n, (len(w.A),), len(w.A), 0.0) for n, w in loras.items()]
         return Merged(replace(first), tuple(kept))
-    biases = _merged_biases(parts)
-    kinds: list[Mapping[int, Mapping[str, LoraWeights]]] = [
-        {i: adapter.modules for i, _, adapter in parts},
-        {i: adapter.embeddings for i, _, adapter in parts},
+    biases, whole = _merged_biases(parts), _kept_whole(parts)
+    kinds: list[list[Mapping[str, LoraWeights]]] = [
+        [part.adapter.modules for part in parts],
+        [part.adapter.embeddings for part in parts],
     ]
-    names = [dict.fromkeys(name for loras in kind.values() for name in loras) for kind in kinds]
+    names = [dict.fromkeys(name for loras in kind for name in loras) for kind in kinds]
     total, done, out = sum(map(len, names)), [], []
     for kind, of_kind in zip(kinds, names, strict=True):
         merged = {}
         for name in of_kind:
-            terms = [_Term(i, w, kind[i][name]) for i, w, _ in parts if name in kind[i]]
+            terms = [
+                _Term(part, loras[name])
+                for part, loras in zip(parts, kind, strict=True)
+                if name in loras
+            ]
             with np.errstate(over="ignore", invalid="ignore"):  # it checks what comes out
                 merged[name], report = _merged_module(name, terms, options)
             done.append(report)
@@ -357,7 +388,11 @@ def merge(
                 on_module(total, report)
         out.append(merged)
     config = {k: v for k, v in first.peft_config.items() if k not in _OWN_KEYS}
-    return Merged(Adapter(out[0], out[1], biases, config), tuple(done))
+    saved = [name for p in parts for name in p.adapter.peft_config.get("modules_to_save") or ()]
+    if whole:
+        config["modules_to_save"] = list(dict.fromkeys(saved))
+    adapter = Adapter(out[0], out[1], biases, config, modules_to_save=whole)
+    return Merged(adapter, tuple(done))
 
 
 def merge_adapters(
@@ -403,7 +438,8 @@ def merge_adapters(
     - it leaves out lora_B's biases.
 
     ``bias_delta`` is merged by the same method. Whole biases hold the base's, so their weighted
-    sum is right only where the weights sum to 1 and all have them: ValueError elsewhere.
+    sum is right only where the weights sum to 1 and all have them: ValueError elsewhere. Other
+    whole tensors (modules_to_save) are kept where those who have them agree, ValueError elsewhere.
     A module that one adapter alone has keeps the bits of A and B where nothing is pruned or cut;
     with weight 1 all of it: ``merge_adapters([(a, 1.0)])`` equals a. The result is float32 else.
 

@@ -253,9 +253,7 @@ class Sona:
             with self._lock:
                 self._counts["background" if done.applied else "background_rejected"] += 1
             if done.applied:
-                self._pending = sum(
-                    fast.pending for m in self._modules.values() for fast in _adapters(m)
-                )
+                self._pending = self._waiting()
         log.debug("background: %s", done)
         return done
 
@@ -263,8 +261,13 @@ class Sona:
         """Brings back what was served before the last consolidation, once: False if none was."""
         with self._pass_lock:
             done = [background.rollback(m) for m in self._modules.values()]
+            self._pending = self._waiting()
         log.debug("rollback: %s", done)
         return any(done)
+
+    def _waiting(self) -> int:
+        """Samples that no consolidation has seen, or that one saw which was rolled back."""
+        return sum(fast.pending for m in self._modules.values() for fast in _adapters(m))
 
     def start(self) -> None:
         """Runs ``maybe_background`` in a thread, until ``stop``. RuntimeError if one runs."""

@@ -387,8 +387,7 @@ def _factors(t: Tensors, kind: str) -> Iterator[tuple[Array, Array]]:
 
 
 def _restore_counters(sona: Sona, kept: _Kept | None) -> None:
-    waiting = (f.pending for m in sona._modules.values() for f in m.served.fast.values())
-    sona._pending = sum(waiting)
+    sona._pending = sona._waiting()
     if kept is None:
         return
     counts, sums = kept.state["counts"], kept.state["sums"]

@@ -304,7 +304,7 @@ int run() {
     return 1;
   }
   le_context *ctx;
-  if (le_context_create(0, &ctx) != LE_OK) return 1;
+  if (le_context_create(nullptr, &ctx) != LE_OK) return 1;
   int failed = 0;
   for (auto [name, group] : kGroups) {
     Group g(ctx);
