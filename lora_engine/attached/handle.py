@@ -134,7 +134,10 @@ class Attached:
         def state_of(path: str) -> LayerState:
             state = getattr(model.modules[path], "_lora", None) or new.get(path)
             if state is None:
-                state = new[path] = LayerState(path, self.calls, type(model.modules[path]))
+                module = model.modules[path]
+                kind: Any = kind_of(module)
+                packed = kind.packed(module, f"{model.op}: {path or 'the model'}")
+                state = new[path] = LayerState(path, self.calls, type(module), packed)
             return state
 
         def device(path: str) -> torch.device:

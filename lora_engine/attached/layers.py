@@ -8,7 +8,7 @@ A kind of base layer is a subclass of AttachedLayer in KINDS.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ import lora_engine.torch_ops  # noqa: F401  defines the ops
 from lora_engine.attached.placement import Placement
 from lora_engine.attached.rows import Calls, Part, Rows
 from lora_engine.attached.weights import Factors
+from lora_engine.quant.bitsandbytes_layer import from_linear4bit
+from lora_engine.quant.linear import NF4Linear
 
 Tensor = torch.Tensor
 _ops = torch.ops.lora_engine
@@ -24,11 +26,22 @@ _ops = torch.ops.lora_engine
 
 class LayerState:
     """What an attached layer knows beyond its own: its path, whose calls it follows, its class
-    before, its pools."""
+    before, its pools; packed: who stands in for it."""
 
-    def __init__(self, path: str, calls: Calls, base_class: type) -> None:
+    def __init__(
+        self, path: str, calls: Calls, base_class: type, packed: NF4Linear | None = None
+    ) -> None:
         self.path, self.calls, self.base_class = path, calls, base_class
+        self.packed = packed
         self.placements: dict[str, Placement] = {}  # by the dtype of the pool
+
+
+class Delta(NamedTuple):
+    """A pool's handle, and slots and weights of x's rows, as batched_lora_delta takes them."""
+
+    handle: Tensor
+    ids: Tensor
+    weights: Tensor | None
 
 
 class AttachedLayer:
@@ -47,32 +60,40 @@ class AttachedLayer:
         """(in, out) of a base layer."""
         raise NotImplementedError
 
+    @staticmethod
+    def packed(module: Any, where: str) -> NF4Linear | None:
+        """A layer that stands in for a base layer, of its own weights; ``where`` is for errors."""
+        return None
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
         rows = self._lora.calls.rows()
         if rows is None:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        alone = y.ndim == 1  # one row, without a batch
-        if alone:
-            y, x = y[None], x[None]
+        return self.with_adapters(y, x, rows)
+
+    def with_adapters(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
+        """y with what the rows' adapters add to it; y may be written to."""
+        if y.ndim == 1:  # one row, without a batch
+            return self.with_adapters(y[None], x[None], rows)[0]
         y = self.add(y, x, rows)
         for part in rows.bias_parts:
             biases = part.placed.weights.biases.get(self._lora.path)
             if biases is not None:
                 bias = biases.delta(self.bias).to(y.dtype)
                 y = add_part(y, bias.expand(1, *y.shape[1:]), part, rows, self._lora.path)
-        return y[0] if alone else y
+        return y
 
     def add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        """y with the deltas of the rows' adapters; y may be written to."""
+        """y with the rows' deltas."""
         return y
 
 
 class AttachedLinear(AttachedLayer):
     """nn.Linear and its subclasses."""
 
-    BASE = torch.nn.Linear
+    BASE: type = torch.nn.Linear
 
     @staticmethod
     def sizes(module: Any) -> tuple[int, int]:
@@ -83,17 +104,23 @@ class AttachedLinear(AttachedLayer):
         """A delta [out, in] as it is added to the layer's weight."""
         return delta
 
-    def add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        state = self._lora
+    def deltas(self, x: Tensor, rows: Rows) -> list[Delta]:
+        """What is added from each pool that the rows name a slot of."""
+        state, found = self._lora, []
+        batch = x.shape[0] if x.ndim > 1 else 1
+        per = x.numel() // max(x.shape[-1] * batch, 1)
         for placement in state.placements.values():
-            batch = x.shape[0]
-            per = x.numel() // max(x.shape[-1] * batch, 1)
             ids, weights = rows.spread(placement, state.path, batch, per)
             if ids is not None:
-                y = add_delta(y, x, placement.handle, ids, weights)
+                found.append(Delta(placement.handle, ids, weights))
+        return found
+
+    def add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
+        for delta in self.deltas(x, rows):
+            y = add_delta(y, x, *delta)
         dtype = y.dtype
         for part in rows.torch_parts:
-            factors = part.placed.weights.factors.get(state.path)
+            factors = part.placed.weights.factors.get(self._lora.path)
             if factors is not None:
                 y = self._add_by_torch(y, x, part, factors, rows)
         return y.to(dtype)
@@ -138,6 +165,35 @@ class AttachedConv1D(AttachedLinear):
     @staticmethod
     def as_weight(delta: Tensor) -> Tensor:
         return delta.t()
+
+
+class AttachedNF4(AttachedLinear):
+    """NF4Linear: the first pool's deltas are added in the pass over the packed weight."""
+
+    BASE = NF4Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        layer: Any = self._lora.packed or self
+        rows = self._lora.calls.rows()
+        if rows is None:
+            y: Tensor = layer.with_deltas(input)
+            return y
+        fused = super().deltas(input, rows)[:1]
+        y = layer.with_deltas(input, *(fused[0] if fused else ()))
+        return self.with_adapters(y, input, rows)
+
+    def deltas(self, x: Tensor, rows: Rows) -> list[Delta]:
+        """Those that forward has not added yet."""
+        return super().deltas(x, rows)[1:]
+
+
+class AttachedLinear4bit(AttachedNF4):
+    """bitsandbytes' Linear4bit, computed by an NF4Linear of the same bytes: bitsandbytes' own
+    forward is never called while attached, so it cannot repack them."""
+
+    @staticmethod
+    def packed(module: Any, where: str) -> NF4Linear | None:
+        return from_linear4bit(module, where)
 
 
 class AttachedEmbedding(AttachedLayer):
@@ -192,8 +248,18 @@ def add_part(y: Tensor, delta: Tensor, part: Part, rows: Rows, path: str) -> Ten
 
 def kinds() -> tuple[type[AttachedLayer], ...]:
     """The kinds of base layer, the most special first."""
-    conv1d = sys.modules.get("transformers.pytorch_utils")  # who has such a layer imported it
-    if conv1d is None:
-        return (AttachedEmbedding, AttachedLinear, AttachedNorm)
-    AttachedConv1D.BASE = conv1d.Conv1D
-    return (AttachedConv1D, AttachedEmbedding, AttachedLinear, AttachedNorm)
+    always = (AttachedNF4, AttachedEmbedding, AttachedLinear, AttachedNorm)
+    found: list[type[AttachedLayer]] = list(always)
+        AttachedNF4,
+        AttachedEmbedding,
+        AttachedLinear,
+        AttachedNorm,
+    ]
+    # Who has a layer of these has imported them.
+    if (conv1d := sys.modules.get("transformers.pytorch_utils")) is not None:
+        AttachedConv1D.BASE = conv1d.Conv1D
+        found.insert(0, AttachedConv1D)
+    if (bitsandbytes := sys.modules.get("bitsandbytes")) is not None:
+        AttachedLinear4bit.BASE = bitsandbytes.nn.Linear4bit
+        found.insert(0, AttachedLinear4bit)
+    return tuple(found)
