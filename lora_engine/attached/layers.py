@@ -248,13 +248,8 @@ def add_part(y: Tensor, delta: Tensor, part: Part, rows: Rows, path: str) -> Ten
 
 def kinds() -> tuple[type[AttachedLayer], ...]:
     """The kinds of base layer, the most special first."""
-    always = (AttachedNF4, AttachedEmbedding, AttachedLinear, AttachedNorm)
-    found: list[type[AttachedLayer]] = list(always)
-        AttachedNF4,
-        AttachedEmbedding,
-        AttachedLinear,
-        AttachedNorm,
-    ]
+    found: list[type[AttachedLayer]]
+    found = [AttachedNF4, AttachedEmbedding, AttachedLinear, AttachedNorm]
     # Who has a layer of these has imported them.
     if (conv1d := sys.modules.get("transformers.pytorch_utils")) is not None:
         AttachedConv1D.BASE = conv1d.Conv1D
