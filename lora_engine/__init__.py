@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lora_engine.adapters.adapter import Adapter
     from lora_engine.adapters.compose import compose_parallel, compose_sequential
     from lora_engine.adapters.merge import merge_adapters
+    from lora_engine.adapters.router import Router
     from lora_engine.adapters.store import AdapterStore
     from lora_engine.adapters.variants.delta_lora import delta_lora
     from lora_engine.adapters.variants.int8 import Int8LoRA
@@ -72,6 +73,7 @@ __all__ = [
     "MicroLoRAConfig",
     "NF4Linear",
     "NF4Tensor",
+    "Router",
     "Sona",
     "SonaConfig",
     "StoreLocked",
@@ -115,6 +117,7 @@ _AT_FIRST_USE = {
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
     "NF4Linear": "lora_engine.quant.linear",
     "NF4Tensor": "lora_engine.quant.nf4",
+    "Router": "lora_engine.adapters.router",
     "Sona": "lora_engine.learning.sona",
     "SonaConfig": "lora_engine.learning.sona_config",
     "TaskBoundary": "lora_engine.learning.task_boundary",
