@@ -17,15 +17,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_engine.adapters.peft_config import MAX_RANK
 from lora_engine.errors import FormatError
-from lora_engine.safetensors_file import Header, Raw, open_file, pack, read_header, short
+from lora_engine.safetensors_file import (
+    Header,
+    Raw,
+    open_file,
+    pack,
+    read_header,
+    short,
+    to_array,
+)
 
 MAX_USER = 1 << 16  # bytes
 MAX_FILE = 1 << 30
-MAX_RANK = 65536
+
 
 _NO_DIGEST = "0" * 64
-_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "I64": np.int64}
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 Arrays = dict[str, np.ndarray]
@@ -73,26 +81,25 @@ def path_of(folder: str, hashed: bytes) -> str:
 # ---- writing ----------------------------------------------------------------
 
 
-def _raw(array: Any, dtype: str) -> Raw:
-    if dtype == "BF16":  # the values are of bfloat16: the lower half is zero
+def _stored(array: np.ndarray, dtype: str) -> np.ndarray | Raw:
+    if dtype == "bfloat16":  # the values are of it: the lower halves are zero
         high = np.ascontiguousarray(array, np.float32).view(np.uint32) >> np.uint32(16)
-        data = high.astype(np.uint16)
-    else:
-        data = np.ascontiguousarray(array, _DTYPES[dtype])
-    return Raw(dtype, array.shape, data.reshape(-1).view(np.uint8))
+        return Raw("BF16", array.shape, high.astype(np.uint16).reshape(-1).view(np.uint8))
+    return array.astype(dtype)
 
 
-def encode(user: str, stored: Stored, dtype: str) -> list[bytes]:
+def encode(user: str, stored: Stored, dtype: str) -> list[bytes | memoryview]:
     """The parts of the file, in their order."""
-    tensors = {}
+    tensors: dict[str, np.ndarray | Raw] = {}
     for name, factors in (("lora_A", stored.A), ("lora_B", stored.B)):
         for s, factor in enumerate(factors):
             if factor is not None:
-                tensors[f"{name}.{s}"] = _raw(factor, _STORED[dtype])
+                tensors[f"{name}.{s}"] = _stored(factor, dtype)
     for name, array in stored.state.items():
-        tensors[f"state.{name}"] = _raw(array, "I64" if array.dtype == np.int64 else "F32")
+        tensors[f"state.{name}"] = array
     metadata = {"digest": _NO_DIGEST, "user": user, "scaling": repr(stored.scaling)}
-    head, data = pack(metadata, tensors)
+    head, *data = pack(tensors, metadata)
+    head = bytes(head)
     return [head.replace(_quoted(_NO_DIGEST), _quoted(_digest(head, data)), 1), *data]
 
 
@@ -156,15 +163,8 @@ def _check_digest(data: bytes, metadata: Mapping[str, str], source: str) -> None
 def _array(data: bytes, header: Header, name: str, source: str) -> np.ndarray:
     entry = header.entries[name]
     raw = np.frombuffer(data, np.uint8, entry.nbytes, entry.begin)
-    if entry.begin % 8:
-        raw = raw.copy()
-    if entry.dtype == "BF16":
-        wide = raw.view(np.uint16).astype(np.uint32) << np.uint32(16)
-        widened: np.ndarray = wide.view(np.float32).reshape(entry.shape)
-        return widened
-    if entry.dtype not in _DTYPES:
-        raise FormatError(f"{source}: {short(name)}: dtype {entry.dtype} is not supported")
-    return raw.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+    aligned = raw.copy() if entry.begin % 8 else raw
+    return to_array(Raw(entry.dtype, entry.shape, aligned), f"{source}: {short(name)}")
 
 
 def _factors(data: bytes, header: Header, shape: Shape, source: str) -> tuple[list[Any], list[Any]]:
