@@ -27,7 +27,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc examples tests/c -name '*.[ch]' -o -name '*.[ch]pp')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc examples tests/c bench -name '*.[ch]' -o -name '*.[ch]pp')
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench
@@ -72,7 +72,7 @@ emulate: $(VENV)/bin/python
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc examples tests/c -name '*.[ch]' -o -name '*.[ch]pp')
+	$(BIN)/clang-format -i $(shell find csrc examples tests/c bench -name '*.[ch]' -o -name '*.[ch]pp')
 
 # One stamp an extra: .venv/.test holds when .[test] is installed from these sources.
 $(VENV)/.%: $(SOURCES) | $(VENV)/bin/python
