@@ -7,6 +7,7 @@ from bench import (
     cases_fisher,
     cases_forward,
     cases_import,
+    cases_merge,
     cases_nf4,
     cases_pool_adapt,
 )
@@ -19,5 +20,6 @@ CASES = (
     *cases_nf4.CASES,
     *cases_fisher.CASES,
     *cases_consolidate.CASES,
+    *cases_merge.CASES,
     *cases_import.CASES,
 )

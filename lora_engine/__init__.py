@@ -36,7 +36,13 @@ if TYPE_CHECKING:
     from lora_engine.adapters.adapter import Adapter
     from lora_engine.adapters.compose import compose_parallel, compose_sequential
     from lora_engine.adapters.merge import merge_adapters
+    from lora_engine.adapters.router import Router
     from lora_engine.adapters.store import AdapterStore
+    from lora_engine.adapters.variants.delta_lora import delta_lora
+    from lora_engine.adapters.variants.int8 import Int8LoRA
+    from lora_engine.adapters.variants.resize import resize_rank
+    from lora_engine.adapters.variants.vera import Vera
+    from lora_engine.hf import Attached, attach
     from lora_engine.learning.feedback_buffer import FeedbackBuffer
     from lora_engine.learning.pipeline import TrainingPipeline
     from lora_engine.learning.sona import Sona
@@ -57,14 +63,17 @@ __all__ = [
     "Adapter",
     "AdapterPool",
     "AdapterStore",
+    "Attached",
     "BatchedAdaptResult",
     "Feedback",
     "FeedbackBuffer",
     "FormatError",
+    "Int8LoRA",
     "MicroLoRA",
     "MicroLoRAConfig",
     "NF4Linear",
     "NF4Tensor",
+    "Router",
     "Sona",
     "SonaConfig",
     "StoreLocked",
@@ -72,11 +81,14 @@ __all__ = [
     "TrainingConfig",
     "TrainingPipeline",
     "TrainingSample",
+    "Vera",
+    "attach",
     "backends",
     "batched_adapt",
     "batched_lora_delta",
     "compose_parallel",
     "compose_sequential",
+    "delta_lora",
     "ewc_step",
     "fisher_accumulate",
     "get_num_threads",
@@ -89,22 +101,30 @@ __all__ = [
     "nf4_linear",
     "nf4_quantize",
     "quantize",
+    "resize_rank",
     "set_num_threads",
 ]
 
 
 _AT_FIRST_USE = {
+    "Int8LoRA": "lora_engine.adapters.variants.int8",
+    "Vera": "lora_engine.adapters.variants.vera",
+    "delta_lora": "lora_engine.adapters.variants.delta_lora",
+    "resize_rank": "lora_engine.adapters.variants.resize",
+    "Attached": "lora_engine.hf",
     "AdapterStore": "lora_engine.adapters.store",
     "Adapter": "lora_engine.adapters.adapter",
     "FeedbackBuffer": "lora_engine.learning.feedback_buffer",
     "NF4Linear": "lora_engine.quant.linear",
     "NF4Tensor": "lora_engine.quant.nf4",
+    "Router": "lora_engine.adapters.router",
     "Sona": "lora_engine.learning.sona",
     "SonaConfig": "lora_engine.learning.sona_config",
     "TaskBoundary": "lora_engine.learning.task_boundary",
     "TrainingConfig": "lora_engine.learning.training_config",
     "TrainingPipeline": "lora_engine.learning.pipeline",
     "TrainingSample": "lora_engine.learning.training_samples",
+    "attach": "lora_engine.hf",
     "compose_parallel": "lora_engine.adapters.compose",
     "compose_sequential": "lora_engine.adapters.compose",
     "load_quantized": "lora_engine.quant.load",

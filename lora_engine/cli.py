@@ -9,7 +9,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from lora_engine import merge_command
+from lora_engine import inspect_command, merge_command
 from lora_engine.tuning import command
 
 
@@ -86,6 +86,13 @@ def main(argv: list[str] | None = None) -> int:
         help="instead: experiments on what learning keeps and gains, with pictures; minutes",
     )
     demo.set_defaults(run=_demo)
+    inspect = commands.add_parser(
+        "inspect",
+        help="what adapter folders adapt: ranks, norms, singular values, size",
+        description=inspect_command.__doc__,
+    )
+    inspect_command.add_arguments(inspect)
+    inspect.set_defaults(run=inspect_command.run)
     tune = commands.add_parser("tune", help="measure what is quickest on this CPU and GPU")
     command.add_arguments(tune)
     tune.set_defaults(run=command.run)

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_engine.adapters.merge import METHODS, MergedModule, merge
+from lora_engine.adapters.merge import MergedModule, merge
+from lora_engine.adapters.merge_inputs import METHODS
 from lora_engine.progress import Bar
 
 SHOWN = 40  # modules in the table

@@ -49,7 +49,9 @@ def _nf4(
     number = _number_of_pool(x, pool, ids, weights)
     found = None if number is None else pool_of(_OP, number)
     matrix = _packed(_number_of_w(w))
-    return ops.nf4_linear(x.detach(), matrix, bias, found, ids, weights, None, compute)
+    # Of its own shape at once: autograd refuses to write to a view that a Function returned.
+    out = wide(x, matrix.shape[0]) if x.ndim > 2 else None
+    return ops.nf4_linear(x.detach(), matrix, bias, found, ids, weights, out, compute)
 
 
 def _nf4_fake(

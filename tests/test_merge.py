@@ -10,7 +10,8 @@ from helpers_merge import delta, deltas, gap, random_adapter
 
 import lora_engine as le
 from lora_engine.adapters.adapter import LoraWeights
-from lora_engine.adapters.merge import METHODS, PRUNING, merge
+from lora_engine.adapters.merge import merge
+from lora_engine.adapters.merge_inputs import METHODS, PRUNING
 
 SUMS = ("svd", "cat", "linear")
 # Methods that prune nothing at this density.

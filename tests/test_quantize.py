@@ -144,6 +144,15 @@ def test_a_cast_reaches_the_bias_and_never_the_codes():
     assert made.bias.abs().max() > 0
 
 
+def test_autocast_casts_x_as_it_does_for_a_plain_layer():
+    plain, made = layer()
+    x = torch.randn(3, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = made(x)
+        assert y.dtype == plain(x).dtype == torch.bfloat16
+    assert bits(y.detach()) == bits(made(x.bfloat16()).detach())
+
+
 def test_a_layer_compiles_whole():
     _, made = layer()
     x = torch.randn(3, 96, requires_grad=True)
@@ -329,6 +338,38 @@ def test_a_model_with_pefts_adapters_is_refused():
         le.quantize(model)
 
 
+def test_peft_trains_on_a_packed_model_as_on_the_decoded_one():
+    from peft import LoraConfig, get_peft_model
+
+    losses, weights = [], []
+    for packed in (True, False):
+        model = tiny("llama")
+        report = le.quantize(model)
+        if not packed:
+            for path in report.layers:
+                made = model.get_submodule(path)
+                plain = nn.Linear(made.in_features, made.out_features, bias=False)
+                plain.weight.data = torch.from_numpy(made.nf4.to_float())
+                model.set_submodule(path, plain)
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        model = get_peft_model(model, config).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert all(p.dtype == torch.float32 for p in trained)
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        for step in range(3):
+            ids = tokens(seed=step)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        weights.append(torch.cat([p.detach().flatten() for p in trained]))
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)
+    assert losses[2] < losses[0] - 0.01
+    assert torch.allclose(weights[0], weights[1], rtol=1e-4, atol=1e-5)
+
+
 def test_a_bar_counts_layers(monkeypatch):
     seen = []
 
@@ -340,3 +381,14 @@ def test_a_bar_counts_layers(monkeypatch):
     monkeypatch.setattr(quantizing, "Bar", Counted)
     le.quantize(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)))
     assert seen == [(1, None), (1, None)]
+
+
+@pytest.mark.parametrize("shape", [(96,), (3, 96), (2, 3, 96)], ids=str)
+def test_what_a_layer_gives_may_be_written_to(shape):
+    _, made = layer()
+    x = torch.randn(shape, requires_grad=True)
+    y = made(x)
+    y[0] += 1.0  # as PEFT does with its rows
+    y.sum().backward()
+    want = torch.from_numpy(made.nf4.to_float()).sum(0).expand(shape)
+    torch.testing.assert_close(x.grad, want, rtol=1e-4, atol=1e-4)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 
 import numpy as np
 import pytest
+import torch
 from helpers_ewc import FORMS, samples
 from helpers_files import run_python
 from helpers_store import SIZES, drawn, file_of, files, open_store, put, same
@@ -297,6 +299,54 @@ def test_what_is_no_id_is_refused(user, error, match, tmp_path):
         with pytest.raises(error, match=match):
             store.remove(user)
         assert len(store.pool) == 0
+
+
+# ---- PEFT -------------------------------------------------------------------
+
+
+def test_an_exported_adapter_does_in_peft_what_it_does_here(tmp_path):
+    from peft import PeftModel
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(12, 7, bias=False)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    x = np.random.default_rng(0).standard_normal((5, 12)).astype("f4")
+    model = Model()
+    base = model(torch.from_numpy(x)).detach().numpy()
+    with open_store(tmp_path, 1) as store:
+        put(store, "a", 1, rank=3)
+        want = base + store.pool.forward(x, np.full(5, store.slot("a"), np.int32))
+        store.export("a", tmp_path / "resident", "layer")
+        store.slot("b")
+        store.export("a", tmp_path / "from_disk", ["layer"])
+        with pytest.raises(ValueError, match="user: expected one with an adapter, got 'nobody'"):
+            store.export("nobody", tmp_path / "no", "layer")
+        with pytest.raises(ValueError, match=r"expected 1 different names, got \['q', 'k'\]"):
+            store.export("a", tmp_path / "no", ["q", "k"])
+    for name in ("resident", "from_disk"):
+        with torch.no_grad():
+            got = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / name)(
+                torch.from_numpy(x)
+            )
+        np.testing.assert_allclose(got.numpy(), want, rtol=1e-5, atol=1e-5)
+    assert not (tmp_path / "no").exists()
+
+
+def test_slices_are_exported_as_modules(tmp_path):
+    A, B, _ = drawn(1)
+    with open_store(tmp_path, 2, in_features=12, out_features=(7, 3, 7)) as store:
+        store.pool.set(store.slot("a"), [A, None, 2 * A], [B, None, B], 2.0)
+        store.export("a", tmp_path / "folder", ["q", "k", "v"])
+    modules = le.Adapter.load(tmp_path / "folder").modules
+    assert {name: (m.A.tobytes(), m.B.tobytes(), m.scaling) for name, m in modules.items()} == {
+        "q": (A.tobytes(), B.tobytes(), 2.0),
+        "v": ((2 * A).tobytes(), B.tobytes(), 2.0),
+    }
 
 
 # ---- removing, closing ------------------------------------------------------

@@ -21,7 +21,7 @@ def least_kept(magnitudes: Floats, density: float) -> float:
 
 
 def trim(x: Floats, density: float) -> Floats:
-    """x with all but its int(density n) largest magnitudes at 0 (TIES: Yadav et al. 2023, 4.1).
+    """x with all but its int(density n) largest magnitudes at 0 (TIES: Yadav et al. 2023).
 
     Magnitudes equal to the smallest that is kept are kept too.
     """
@@ -45,7 +45,7 @@ def weighted_sum(tensors: Sequence[Floats], weights: Sequence[float]) -> Floats:
 
 
 def elected_mean(tensors: Sequence[Floats], weights: Sequence[float], majority: str) -> Floats:
-    """Elect a sign for each element, then average what agrees with it (TIES, 4.2 and 4.3).
+    """Elect a sign for each element, then average what agrees with it (TIES).
 
     The sign is that of sum_i sign(w_i) t_i ("total") or of sum_i sign(w_i t_i) ("frequency"),
     0 counting as +; the mean is over the tensors that have the sign, of w_i t_i.

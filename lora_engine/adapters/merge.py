@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +18,19 @@ from lora_engine.adapters.elementwise import (
     weighted_sum,
 )
 from lora_engine.adapters.low_rank import Svd, stacked, svd_of_dense, svd_of_sum
-from lora_engine.adapters.micro_lora import MicroLoRA
+from lora_engine.adapters.merge_inputs import (
+    PRUNING,
+    Options,
+    Term,
+    bad,
+    check_fit,
+    checked_options,
+    checked_parts,
+    kept_whole,
+    merged_biases,
+    shape_of,
+)
 
-METHODS = (
-    "svd", "cat", "linear", "ties", "ties_svd", "dare_linear", "dare_ties", "magnitude_prune",
-)  # fmt: skip
-PRUNING = ("ties", "ties_svd", "dare_linear", "dare_ties", "magnitude_prune")  # take a density
-CUTTING = ("svd", "ties_svd", "dare_linear", "magnitude_prune")  # take a rank
 _OF_FACTORS = ("ties", "dare_ties")  # merge A with A and B with B
 _BLOCK = 1 << 22  # elements of a dense delta that are made at a time
 # What a config says of the one adapter's weights: `Adapter.save` says it of the merged ones.
@@ -52,176 +56,10 @@ class Merged(NamedTuple):
     modules: tuple[MergedModule, ...]
 
 
-@dataclass(frozen=True)
-class _Options:
-    method: str
-    rank: int | None
-    density: float
-    majority: str
-    seed: int
-
-    def keeps(self, adapter: Adapter) -> bool:
-        """Whether nothing of an adapter is pruned or cut."""
-        loras = (*adapter.modules.values(), *adapter.embeddings.values())
-        whole = self.rank is None or all(len(lora.A) <= self.rank for lora in loras)
-        return whole and self.density >= 1
-
-    def rng(self, name: str, part: int) -> np.random.Generator:
-        """Draws of one adapter in one module, whatever else is merged."""
-        key = np.array([self.seed, zlib.crc32(name.encode()) << 32 | part], np.uint64)
-        return np.random.Generator(np.random.Philox(key=key))
-
-
-class _Part(NamedTuple):
-    """An adapter that takes part; place: in the list that was given."""
-
-    place: int
-    name: str
-    weight: float
-    adapter: Adapter
-
-
-class _Term(NamedTuple):
-    """One adapter's weights of a module; scale = weight times scaling."""
-
-    part: _Part
-    lora: LoraWeights
-
-    @property
-    def weight(self) -> float:
-        return self.part.weight
-
-    @property
-    def scale(self) -> float:
-        return self.weight * self.lora.scaling
-
-
-# ---- checks -----------------------------------------------------------------
-
-
-def _bad(what: str, expected: str, got: Any) -> ValueError:
-    return ValueError(f"merge_adapters: {what}: expected {expected}, got {got}")
-
-
-def _checked_options(
-    method: Any, rank: Any, density: Any, majority_sign_method: Any, seed: Any
-) -> _Options:
-    if method not in METHODS:
-        raise _bad("method", f"one of {', '.join(METHODS)}", repr(method))
-    if rank is not None:
-        if method not in CUTTING:
-            raise _bad("rank", f"None for {method} (svd cuts to a rank)", repr(rank))
-        if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
-            raise _bad("rank", "a whole number of at least 1 or None", repr(rank))
-    if method in PRUNING:
-        number = isinstance(density, (int, float)) and not isinstance(density, bool)
-        if not number or not 0 < density <= 1:
-            raise _bad("density", f"a number above 0, at most 1, for {method}", repr(density))
-    elif density is not None:
-        raise _bad("density", f"None for {method}, which prunes nothing", repr(density))
-    if majority_sign_method not in ("total", "frequency"):
-        raise _bad("majority_sign_method", "total or frequency", repr(majority_sign_method))
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise _bad("seed", "a whole number from 0 to 2^64 - 1", repr(seed))
-    kept = 1.0 if density is None else float(density)
-    return _Options(method, None if rank is None else int(rank), kept, majority_sign_method, seed)
-
-
-def _as_adapter(name: str, source: Any) -> Adapter:
-    if isinstance(source, Adapter):
-        return source
-    if isinstance(source, MicroLoRA):
-        return Adapter.from_micro_lora(source)
-    if isinstance(source, (str, os.PathLike)):
-        return Adapter.load(source)
-    raise TypeError(
-        f"merge_adapters: {name}: expected an Adapter, a MicroLoRA or a folder,"
-        f" got {type(source).__name__}"
-    )
-
-
-def _checked_parts(adapters: Any) -> list[_Part]:
-    """Those of a weight that is not 0, read."""
-    try:
-        pairs = [(source, weight) for source, weight in adapters]
-    except (TypeError, ValueError):
-        raise TypeError(
-            "merge_adapters: adapters: expected pairs (adapter, weight), got others"
-        ) from None
-    named = []
-    for place, (source, weight) in enumerate(pairs):
-        is_path = isinstance(source, (str, os.PathLike))
-        name = os.fspath(source) if is_path else f"adapters[{place}]"
-        number = isinstance(weight, (int, float, np.number)) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight):
-            raise _bad(f"{name}: weight", "a finite number", repr(weight))
-        if weight != 0:
-            named.append((place, name, float(weight), source))
-    if not named:
-        raise _bad("adapters", "at least one of a weight that is not 0", "none")
-    return [_Part(at, name, w, _as_adapter(name, source)) for at, name, w, source in named]
-
-
-def _shape(lora: LoraWeights) -> tuple[int, int]:
-    return lora.A.shape[1], lora.B.shape[0]
-
-
-def _check_fit(parts: Sequence[_Part]) -> None:
-    """Raises ValueError where a module has another kind or shape from adapter to adapter."""
-    seen: dict[str, tuple[str, str, tuple[int, int]]] = {}
-    for part in parts:
-        kinds = ("linear", part.adapter.modules), ("embedding", part.adapter.embeddings)
-        for kind, loras in kinds:
-            for name, lora in loras.items():
-                what = f"{part.name}: {name}"
-                first, was, shape = seen.setdefault(name, (part.name, kind, _shape(lora)))
-                if was != kind:
-                    raise _bad(what, f"{was} as in {first}", kind)
-                if _shape(lora) != shape:
-                    raise _bad(what, f"(in, out) = {shape} as in {first}", str(_shape(lora)))
-                finite = np.isfinite(lora.A).all() and np.isfinite(lora.B).all()
-                if not finite or not math.isfinite(lora.scaling):
-                    raise _bad(what, "finite numbers", "NaN or Inf")
-
-
-def _merged_biases(parts: Sequence[_Part]) -> dict[str, Array]:
-    """Whole biases stand in for the base's: their sum is that of deltas where the weights are 1."""
-    merged: dict[str, Array] = {}
-    total = math.fsum(part.weight for part in parts)
-    for name in dict.fromkeys(name for part in parts for name in part.adapter.biases):
-        biases = []
-        for part in parts:
-            what, want = f"{part.name}: bias of {name}", parts[0].adapter.biases.get(name)
-            if want is None or name not in part.adapter.biases:
-                raise _bad(what, "whole biases in all adapters, or in none", "one without")
-            biases.append(part.adapter.biases[name])
-            if biases[-1].shape != want.shape:
-                raise _bad(what, f"shape {want.shape}", str(biases[-1].shape))
-        if abs(total - 1) > 1e-6:
-            what = f"weights, with the bias of {name}"
-            raise _bad(what, "a sum of 1, as whole biases hold the base's too", f"{total:g}")
-        merged[name] = weighted_sum(biases, [part.weight for part in parts])
-    return merged
-
-
-def _kept_whole(parts: Sequence[_Part]) -> dict[str, Any]:
-    """modules_to_save, which are no deltas: those that all who have them agree on."""
-    kept: dict[str, Any] = {}
-    for part in parts:
-        for name, tensor in part.adapter.modules_to_save.items():
-            if not np.array_equal(kept.setdefault(name, tensor), tensor):
-                raise _bad(
-                    f"{part.name}: {name}",
-                    "the same weights in all adapters, as modules_to_save are not merged",
-                    "others",
-                )
-    return kept
-
-
 # ---- one module -------------------------------------------------------------
 
 
-def _pruned(name: str, term: _Term, options: _Options) -> _Term:
+def _pruned(name: str, term: Term, options: Options) -> Term:
     """A and B each with the density of elements that the method keeps."""
     A, B = term.lora.A, term.lora.B
     if options.method.startswith("dare"):
@@ -232,14 +70,14 @@ def _pruned(name: str, term: _Term, options: _Options) -> _Term:
     return term._replace(lora=term.lora._replace(A=A, B=B))
 
 
-def _of_svd(svd: Svd, like: _Term) -> LoraWeights:
+def _of_svd(svd: Svd, like: Term) -> LoraWeights:
     if not len(svd.S):  # the terms cancel: a zero adapter of rank 1
         return LoraWeights(like.lora.A[:1].copy(), np.zeros_like(like.lora.B[:, :1]), 1.0)
     A, B = svd.factors()
     return LoraWeights(A, B, 1.0)
 
 
-def _summed(terms: Sequence[_Term], rank: int | None) -> tuple[LoraWeights, float]:
+def _summed(terms: Sequence[Term], rank: int | None) -> tuple[LoraWeights, float]:
     """sum of the terms' deltas, cut to a rank."""
     scales = np.concatenate([np.full(len(t.lora.A), t.scale) for t in terms])
     svd = svd_of_sum(
@@ -249,18 +87,18 @@ def _summed(terms: Sequence[_Term], rank: int | None) -> tuple[LoraWeights, floa
     return _of_svd(cut, terms[0]), cut.error
 
 
-def _concatenated(terms: Sequence[_Term]) -> LoraWeights:
+def _concatenated(terms: Sequence[Term]) -> LoraWeights:
     """B_i side by side, and w_i s_i A_i below each other."""
     A = np.concatenate([(t.scale * t.lora.A.astype(np.float64)) for t in terms])
     return LoraWeights(A.astype(np.float32), np.concatenate([t.lora.B for t in terms], 1), 1.0)
 
 
-def _of_factors(name: str, terms: Sequence[_Term], options: _Options) -> LoraWeights:
+def _of_factors(name: str, terms: Sequence[Term], options: Options) -> LoraWeights:
     """TIES on A and on B; the root of |w s| on either side, and its sign on A's."""
     first = terms[0].lora
     for term in terms:
         if len(term.lora.A) != len(first.A):
-            raise _bad(
+            raise bad(
                 f"{term.part.name}: {name}",
                 f"rank {len(first.A)} as in {terms[0].part.name} for {options.method}"
                 " (svd and ties_svd take ranks that differ)",
@@ -272,13 +110,13 @@ def _of_factors(name: str, terms: Sequence[_Term], options: _Options) -> LoraWei
     return LoraWeights(A, elected_mean([t.lora.B for t in terms], roots, options.majority), 1.0)
 
 
-def _ties_of_deltas(terms: Sequence[_Term], options: _Options) -> tuple[LoraWeights, float]:
+def _ties_of_deltas(terms: Sequence[Term], options: Options) -> tuple[LoraWeights, float]:
     """TIES on the deltas themselves, then the SVD of what comes out."""
-    d_in, d_out = _shape(terms[0].lora)
+    d_in, d_out = shape_of(terms[0].lora)
     step = max(_BLOCK // d_in, 1)
     rows = [slice(start, start + step) for start in range(0, d_out, step)]
 
-    def delta(t: _Term, block: slice) -> Any:
+    def delta(t: Term, block: slice) -> Any:
         return np.float32(t.lora.scaling) * (t.lora.B[block] @ t.lora.A)
 
     dense = np.empty((d_out, d_in), np.float32)
@@ -299,7 +137,7 @@ def _ties_of_deltas(terms: Sequence[_Term], options: _Options) -> tuple[LoraWeig
     return _of_svd(svd, terms[0]), svd.error
 
 
-def _bias(name: str, terms: Sequence[_Term], options: _Options) -> Array | None:
+def _bias(name: str, terms: Sequence[Term], options: Options) -> Array | None:
     """The biases that come with the deltas, by the same method; they hold the scaling."""
     having = [t for t in terms if t.lora.bias_delta is not None]
     if not having:
@@ -317,7 +155,7 @@ def _bias(name: str, terms: Sequence[_Term], options: _Options) -> Array | None:
 
 
 def _merged_module(
-    name: str, terms: Sequence[_Term], options: _Options
+    name: str, terms: Sequence[Term], options: Options
 ) -> tuple[LoraWeights, MergedModule]:
     ranks = tuple(len(t.lora.A) for t in terms)
     error = 0.0
@@ -337,7 +175,7 @@ def _merged_module(
             merged, error = _summed(pruned, options.rank)
     merged = merged._replace(bias_delta=_bias(name, terms, options))
     if not (np.isfinite(merged.A).all() and np.isfinite(merged.B).all()):
-        raise _bad(name, "a sum within float32's range", "Inf")
+        raise bad(name, "a sum within float32's range", "Inf")
     return merged, MergedModule(name, ranks, len(merged.A), error)
 
 
@@ -358,15 +196,15 @@ def merge(
 
     on_module(of how many, module) is called after each.
     """
-    options = _checked_options(method, rank, density, majority_sign_method, seed)
-    parts = _checked_parts(adapters)
-    _check_fit(parts)
+    options = checked_options(method, rank, density, majority_sign_method, seed)
+    parts = checked_parts(adapters)
+    check_fit(parts)
     _, _, weight, first = parts[0]
     if len(parts) == 1 and weight == 1 and options.keeps(first):
         loras = {**first.modules, **first.embeddings}
         kept = [MergedModule(n, (len(w.A),), len(w.A), 0.0) for n, w in loras.items()]
         return Merged(replace(first), tuple(kept))
-    biases, whole = _merged_biases(parts), _kept_whole(parts)
+    biases, whole = merged_biases(parts), kept_whole(parts)
     kinds: list[list[Mapping[str, LoraWeights]]] = [
         [part.adapter.modules for part in parts],
         [part.adapter.embeddings for part in parts],
@@ -377,7 +215,7 @@ def merge(
         merged = {}
         for name in of_kind:
             terms = [
-                _Term(part, loras[name])
+                Term(part, loras[name])
                 for part, loras in zip(parts, kind, strict=True)
                 if name in loras
             ]

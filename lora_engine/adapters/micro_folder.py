@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from lora_engine.adapters.peft_config import PeftConfig, scalings
 from lora_engine.adapters.peft_format import STATE_FILE, Folder, adapter_of, digest
 from lora_engine.adapters.peft_tensors import A_SUFFIX, PREFIX, Factors, read_tensors, to_tensors
 from lora_engine.errors import FormatError
-from lora_engine.safetensors_file import from_bytes, read_json, short, to_bytes
+from lora_engine.safetensors_file import from_bytes, read_header, read_json, short, to_bytes
 
 STATE_KEY = "lora_engine"  # of the state file's metadata
 
@@ -149,18 +150,31 @@ def state_bytes(config: MicroLoRAConfig, state: State, weights: bytes) -> bytes:
     return to_bytes(steps, STATE_KEY, json.dumps(own))
 
 
+def read_own(files: Folder) -> dict[str, Any]:
+    """What the state file says beside the step counts, {} where there is no such file.
+
+    Raises FormatError where it is damaged or belongs to other weights.
+    """
+    if files.state is None:
+        return {}
+    source = str(files.path / STATE_FILE)
+    metadata, _ = read_header(io.BytesIO(files.state), source)
+    own = read_json(metadata.get(STATE_KEY, "").encode(), f"{source}: {STATE_KEY}")
+    if own.get("weights_sha256") != digest(files.weights):
+        raise FormatError(f"{source}: it belongs to other weights")
+    return own
+
+
 def _read_state(
     files: Folder, data: bytes, config: MicroLoRAConfig
 ) -> tuple[MicroLoRAConfig, State]:
     """The config with the engine's own values, and the state, if of these weights."""
     source = str(files.path / STATE_FILE)
     try:
-        counts, metadata = from_bytes(data, source)
-        own = read_json(metadata.get(STATE_KEY, "").encode(), f"{source}: {STATE_KEY}")
-        if own.get("weights_sha256") != digest(files.weights):
-            raise FormatError(f"{source}: it belongs to other weights")
+        own = read_own(files)
         names = ("seed", "gradient_checkpointing")
         config = replace(config, **{name: own[name] for name in names if name in own})
+        counts, _ = from_bytes(data, source)
         for name, count in counts.items():
             if count.shape != (1,) or count.dtype != np.int64 or count[0] < 0:
                 raise FormatError(f"{source}: {short(name)}: expected a step count")

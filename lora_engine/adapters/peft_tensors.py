@@ -157,7 +157,7 @@ def _sort_whole(
                 got = f"{values.dtype} {list(values.shape)}"
                 raise FormatError(f"{where}: expected a float vector, got {got}")
             biases[base] = values
-        elif is_matrix or config.raw.get("modules_to_save"):
+        elif is_matrix or leaf == "bias" or config.raw.get("modules_to_save"):
             saved[f"{base}.{leaf}"] = values
         else:
             raise FormatError(
@@ -261,6 +261,12 @@ def _lora_bias(name: str, w: LoraWeights, read: Array | None) -> Array:
     return (w.bias_delta / (w.scaling or 1.0)).astype(np.float32)
 
 
+def keys_of(module: str, embedding: bool) -> tuple[str, str]:
+    """Those of a module's A and B."""
+    suffixes = (_EMBEDDING_A, _EMBEDDING_B) if embedding else (A_SUFFIX, B_SUFFIX)
+    return PREFIX + module + suffixes[0], PREFIX + module + suffixes[1]
+
+
 def _key(path: str, leaf: str, adapted: Mapping[str, Any]) -> str:
     return f"{PREFIX}{path}.base_layer.{leaf}" if path in adapted else f"{PREFIX}{path}.{leaf}"
 
@@ -277,11 +283,11 @@ def to_tensors(adapter: Adapter) -> dict[str, np.ndarray | Raw]:
         _check(name, weights)
     tensors: dict[str, np.ndarray] = {}
     for name, w in adapter.modules.items():
-        tensors[PREFIX + name + A_SUFFIX], tensors[PREFIX + name + B_SUFFIX] = w.A, w.B
+        tensors |= zip(keys_of(name, False), w[:2], strict=True)
         if has_bias:
             tensors[PREFIX + name + _BIAS] = _lora_bias(name, w, adapter.lora_biases.get(name))
     for name, w in adapter.embeddings.items():
-        tensors[PREFIX + name + _EMBEDDING_A], tensors[PREFIX + name + _EMBEDDING_B] = w.A, w.B
+        tensors |= zip(keys_of(name, True), w[:2], strict=True)
     tensors |= {_key(path, "bias", adapted): bias for path, bias in adapter.biases.items()}
     for path, values in adapter.modules_to_save.items():
         module, _, leaf = path.rpartition(".")

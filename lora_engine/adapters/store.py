@@ -17,6 +17,7 @@ import numpy as np
 
 from lora_engine import atomic
 from lora_engine.adapters import initial, store_file
+from lora_engine.adapters.adapter import Adapter, LoraWeights
 from lora_engine.adapters.pool import AdapterPool
 from lora_engine.adapters.store_file import Shape, Stored
 from lora_engine.adapters.store_lock import FolderLock
@@ -164,6 +165,36 @@ class AdapterStore:
                 there = True
             self.damaged.pop(user, None)
         return there
+
+    def export(
+        self, user: str, folder: str | os.PathLike[str], target_modules: str | Sequence[str]
+    ) -> None:
+        """A user's adapter as a folder that PEFT loads, its weights only.
+
+        target_modules: the path in the model of the layer that the pool adapts, one a slice of
+        out_features. Raises ValueError (there is no adapter, or another number of modules),
+        FormatError (it is damaged), OSError.
+        """
+        names = [target_modules] if isinstance(target_modules, str) else [*target_modules]
+        slices = len(self._shape.slices)
+        if len(set(names)) != len(names) or len(names) != slices:
+            raise ValueError(
+                f"AdapterStore.export: target_modules: expected {slices} different names,"
+                f" got {names}"
+            )
+        path = self._path(store_file.user_hash(user))
+        with self._alone_with(user):
+            stored = self._residents.stored(user) or self._read(user, path)
+        if stored is None:
+            raise ValueError(
+                f"AdapterStore.export: user: expected one with an adapter, got {short(user)!r}"
+            )
+        modules = {
+            name: LoraWeights(A, B, stored.scaling)
+            for name, A, B in zip(names, stored.A, stored.B, strict=True)
+            if A is not None
+        }
+        Adapter(modules, dtype=self._shape.dtype).save(folder)
 
     def carry(self, companion: Companion) -> None:
         """Has a companion's state of each adapter travel with it: ``store.carry(ewc)``.

@@ -17,15 +17,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_engine.adapters.peft_config import MAX_RANK
 from lora_engine.errors import FormatError
-from lora_engine.safetensors_file import Header, Raw, open_file, pack, read_header, short
+from lora_engine.safetensors_file import (
+    Header,
+    Raw,
+    open_file,
+    pack,
+    raw_of_numpy,
+    read_header,
+    short,
+    to_array,
+)
 
 MAX_USER = 1 << 16  # bytes
 MAX_FILE = 1 << 30
-MAX_RANK = 65536
+
 
 _NO_DIGEST = "0" * 64
-_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "I64": np.int64}
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 Arrays = dict[str, np.ndarray]
@@ -73,13 +82,11 @@ def path_of(folder: str, hashed: bytes) -> str:
 # ---- writing ----------------------------------------------------------------
 
 
-def _raw(array: Any, dtype: str) -> Raw:
-    if dtype == "BF16":  # the values are of bfloat16: the lower half is zero
+def _raw(array: np.ndarray, dtype: str) -> Raw:
+    if dtype == "bfloat16":  # the values are of it: the lower halves are zero
         high = np.ascontiguousarray(array, np.float32).view(np.uint32) >> np.uint32(16)
-        data = high.astype(np.uint16)
-    else:
-        data = np.ascontiguousarray(array, _DTYPES[dtype])
-    return Raw(dtype, array.shape, data.reshape(-1).view(np.uint8))
+        return Raw("BF16", array.shape, high.astype(np.uint16).reshape(-1).view(np.uint8))
+    return raw_of_numpy(array.astype(dtype))
 
 
 def encode(user: str, stored: Stored, dtype: str) -> list[bytes]:
@@ -88,9 +95,9 @@ def encode(user: str, stored: Stored, dtype: str) -> list[bytes]:
     for name, factors in (("lora_A", stored.A), ("lora_B", stored.B)):
         for s, factor in enumerate(factors):
             if factor is not None:
-                tensors[f"{name}.{s}"] = _raw(factor, _STORED[dtype])
+                tensors[f"{name}.{s}"] = _raw(factor, dtype)
     for name, array in stored.state.items():
-        tensors[f"state.{name}"] = _raw(array, "I64" if array.dtype == np.int64 else "F32")
+        tensors[f"state.{name}"] = raw_of_numpy(array)
     metadata = {"digest": _NO_DIGEST, "user": user, "scaling": repr(stored.scaling)}
     head, data = pack(metadata, tensors)
     return [head.replace(_quoted(_NO_DIGEST), _quoted(_digest(head, data)), 1), *data]
@@ -156,15 +163,8 @@ def _check_digest(data: bytes, metadata: Mapping[str, str], source: str) -> None
 def _array(data: bytes, header: Header, name: str, source: str) -> np.ndarray:
     entry = header.entries[name]
     raw = np.frombuffer(data, np.uint8, entry.nbytes, entry.begin)
-    if entry.begin % 8:
-        raw = raw.copy()
-    if entry.dtype == "BF16":
-        wide = raw.view(np.uint16).astype(np.uint32) << np.uint32(16)
-        widened: np.ndarray = wide.view(np.float32).reshape(entry.shape)
-        return widened
-    if entry.dtype not in _DTYPES:
-        raise FormatError(f"{source}: {short(name)}: dtype {entry.dtype} is not supported")
-    return raw.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+    aligned = raw.copy() if entry.begin % 8 else raw
+    return to_array(Raw(entry.dtype, entry.shape, aligned), f"{source}: {short(name)}")
 
 
 def _factors(data: bytes, header: Header, shape: Shape, source: str) -> tuple[list[Any], list[Any]]:

@@ -54,8 +54,9 @@ class Resident:
 class Residents:
     """The users in a pool, least recently asked for first.
 
-    ``lock`` is held while they come and go: methods that say so are called with it. Who wants
-    it too holds it before a resident's own lock, and does not wait for that.
+    ``lock`` is held while they come and go: methods that say so are called with it. It is taken
+    before a resident's own lock, never after; whoever looks for room does not wait for that one,
+    which is held while a file is written.
     """
 
     def __init__(self, pool: AdapterPool, most: int) -> None:
@@ -86,9 +87,9 @@ class Residents:
         """Needs the lock, and room in the pool."""
         A, B = (stored.A, stored.B) if self.pool._sliced else (stored.A[0], stored.B[0])
         added = Resident(user, path, self.pool.add(A, B, stored.scaling), stored.state)
+        self._users[user] = added  # whatever comes of its state
         self._hand_over(added)
         added.saved = self._version(added)
-        self._users[user] = added
         return added
 
     def make_room(self) -> bool:
@@ -197,8 +198,16 @@ class Residents:
 
     # ---- writing ----
 
-    def snapshot(self, it: Resident) -> Stored:
-        """Needs it.lock."""
+    def stored(self, user: str) -> Stored | None:
+        """What a resident adapter's file would hold now."""
+        with self.lock:
+            it = self._users.get(user)
+        if it is None:
+            return None
+        with it.lock:
+            return None if it.slot < 0 else self._snapshot(it)
+
+    def _snapshot(self, it: Resident) -> Stored:
         A, B, scaling = self.pool.get(it.slot)
         if not self.pool._sliced:
             A, B = [A], [B]
@@ -213,7 +222,7 @@ class Residents:
             version = self._version(it)
             if version == it.saved:
                 return
-            parts = store_file.encode(it.user, self.snapshot(it), self.pool.dtype)
+            parts = store_file.encode(it.user, self._snapshot(it), self.pool.dtype)
 
             def write(file: BinaryIO) -> None:
                 file.writelines(parts)

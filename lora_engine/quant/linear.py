@@ -26,8 +26,10 @@ class NF4Linear(torch.nn.Linear):
 
     x [..., in] float32, bfloat16 or float16 -> y [..., out] of x's dtype; differentiable in x and
     bias, from the packed weight. compute: "float32", "bfloat16", or None for x's own dtype
-    (float32 for float16). A torch.nn.Linear to those who ask, so that PEFT takes it as a base
-    layer; but ``weight`` is uint8 [bytes, 1], frozen.
+    (float32 for float16). Under autocast x is cast first, as for nn.Linear.
+
+    A torch.nn.Linear to those who ask, so that PEFT takes it as a base layer; but ``weight`` is
+    uint8 [bytes, 1], frozen.
 
     ``nf4`` is the matrix, which borrows ``weight``: it stays in the host's memory whatever the
     module is moved to (a GPU gets a copy at first use), and no cast touches it. The state dict has
@@ -98,8 +100,21 @@ class NF4Linear(torch.nn.Linear):
     # ---- what a module does ----
 
     def forward(self, input: Tensor) -> Tensor:
+        return self.with_deltas(input)
+
+    def with_deltas(
+        self,
+        x: Tensor,
+        pool: Tensor | None = None,
+        ids: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """y, and with a pool's handle each row's delta in the same pass (``ops.nf4_linear``)."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         y: Tensor = torch.ops.lora_engine.nf4_linear(
-            input, self.nf4.handle, self.bias, None, None, None, self.compute
+            x, self.nf4.handle, self.bias, pool, ids, weights, self.compute
         )
         return y
 
