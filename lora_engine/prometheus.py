@@ -55,9 +55,7 @@ class EngineCollector:
 
     def collect(self) -> Iterator[Any]:
         now = counters()
-        yield _histogram(
-            "lora_engine_forward_duration_seconds", "Forward of adapters", now.forward
-        )
+        yield _histogram("lora_engine_forward_duration_seconds", "Forward of adapters", now.forward)
         yield _histogram("lora_engine_adapt_duration_seconds", "Steps of adapters", now.adapt)
         yield CounterMetricFamily(
             "lora_engine_skipped_updates", "Rows whose step was not finite", value=now.skipped
@@ -66,7 +64,7 @@ class EngineCollector:
             "lora_engine_resident_adapters", "Adapters in pools", value=now.resident
         )
         if self.stores:
-            evictions = sum(store.stats().evictions for store in self.stores)
+            evictions = sum(store.evictions for store in self.stores)
             yield CounterMetricFamily(
                 "lora_engine_evictions", "Adapters that left their store's pool", value=evictions
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,15 @@ def test_a_fork_finds_its_counters_free(pool: le.AdapterPool) -> None:
 # ---- Prometheus ----
 
 
+def test_prometheus_tells_evictions_of_the_stores_given(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    with le.AdapterStore(tmp_path, resident=2, in_features=N, out_features=N) as store:
+        register(registry, [store])
+        for user in "abcde":
+            store.slot(user)
+        assert registry.get_sample_value("lora_engine_evictions_total") == 3
+
+
 def test_prometheus_reads_the_counters(pool: le.AdapterPool) -> None:
     for _ in range(100):
         pool.forward(X, IDS)
@@ -136,4 +146,3 @@ def test_prometheus_reads_the_counters(pool: le.AdapterPool) -> None:
     with pytest.raises(ValueError, match="Duplicated"):
         register(registry)
     registry.unregister(collector)
-

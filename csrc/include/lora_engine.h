@@ -166,9 +166,9 @@ LE_API le_status le_set_tuning(le_context *ctx, int64_t bytes_per_thread, int64_
 #define LE_DURATION_BUCKETS 20 /* up to 1, 2, 4 ... 2^19 us; one more holds what took longer */
 
 typedef struct le_op_counters {
-  uint64_t calls; /* refused ones included */
-  uint64_t timed; /* of them */
-  double seconds; /* that the timed ones took */
+  uint64_t calls;                            /* refused ones included */
+  uint64_t timed;                            /* of them */
+  double seconds;                            /* that the timed ones took */
   uint64_t buckets[LE_DURATION_BUCKETS + 1]; /* the timed ones, by what they took */
 } le_op_counters;
 
