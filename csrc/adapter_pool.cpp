@@ -1,5 +1,6 @@
 #include "adapter_pool.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <new>
@@ -266,8 +267,28 @@ void AdapterPool::get(int32_t id, const le_array *A, const le_array *B, float *s
 }
 
 void AdapterPool::remove(int32_t id) {
-  const char *op = "AdapterPool.remove";
   std::lock_guard<std::mutex> guard(mutex_);
+  remove_held("AdapterPool.remove", id);
+}
+
+void AdapterPool::remove_all(const le_array *slots) {
+  const char *op = "AdapterPool.remove";
+  Rows rows = matrix(op, "slots", slots, 1, -1, "[K]");
+  check_dtype(op, "slots", rows.dtype, LE_INT32, "");
+  std::vector<int32_t> ids(static_cast<size_t>(rows.width));
+  for (int64_t i = 0; i < rows.width; ++i) std::memcpy(&ids[i], rows.at(0, i), sizeof(int32_t));
+  std::sort(ids.begin(), ids.end());
+  auto twice = std::adjacent_find(ids.begin(), ids.end());
+  if (twice != ids.end())
+    fail(LE_ERROR_VALUE, "%s: slots: expected each slot once, got %d again", op, *twice);
+  std::lock_guard<std::mutex> guard(mutex_);  // none is removed by others between check and end
+  {
+    SharedSlots live(op, *this, ids.data(), rows.width);
+  }
+  for (int32_t id : ids) remove_held(op, id);
+}
+
+void AdapterPool::remove_held(const char *op, int32_t id) {
   Block *current, *previous;
   freed_.push_back(id);  // may throw; before anything changes
   try {

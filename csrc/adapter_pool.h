@@ -59,6 +59,7 @@ class AdapterPool {
   void set(int32_t slot, const le_array *A, const le_array *B, float scaling);
   void get(int32_t slot, const le_array *A, const le_array *B, float *scaling);
   void remove(int32_t slot);
+  void remove_all(const le_array *slots);
   void ranks(int32_t slot, int32_t *ranks);
   uint64_t version(int32_t slot);
   void rollback(int32_t slot);
@@ -90,6 +91,7 @@ class AdapterPool {
                      std::vector<Rows> *a, std::vector<Rows> *b) const;
   Block *make_block(const std::vector<Rows> &a, const std::vector<Rows> &b, float scaling);
   int32_t next_slot();
+  void remove_held(const char *op, int32_t slot);  // with the mutex
 
   Context &context_;
   const int64_t in_;

@@ -238,6 +238,14 @@ le_status le_pool_remove(le_pool *pool, int32_t slot) {
   return with("AdapterPool.remove", "pool", pool, [&](le::AdapterPool &p) { p.remove(slot); });
 }
 
+le_status le_pool_remove_all(le_pool *pool, const le_array *slots) {
+  const char *op = "AdapterPool.remove";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "slots", slots);
+    p.remove_all(slots);
+  });
+}
+
 le_status le_pool_ranks(le_pool *pool, int32_t slot, int32_t *ranks) {
   const char *op = "AdapterPool.rank";
   return with(op, "pool", pool, [&](le::AdapterPool &p) {
@@ -303,7 +311,23 @@ le_status le_pool_adapt_slot(le_pool *pool, int32_t slot, const le_array *x, con
     require(op, "outcome", outcome);
     require(op, "grad_norm", grad_norm);
     le::AdaptCall counted;
-    le::pool_adapt_slot(p, slot, x, grad, *step, ewc_of(op, *step), outcome, grad_norm);
+    le::pool_adapt_slot(p, slot, x, grad, *step, ewc_of(op, *step), {}, outcome, grad_norm);
+    le::count_skipped(outcome, 1);
+  });
+}
+
+le_status le_pool_adapt_slot_observed(le_pool *pool, int32_t slot, const le_array *x,
+                                      const le_array *grad, const le_step *step, const le_array *u,
+                                      const le_array *v, uint8_t *outcome, double *grad_norm) {
+  const char *op = "batched_adapt";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "step", step);
+    require(op, "u", u);
+    require(op, "v", v);
+    require(op, "outcome", outcome);
+    require(op, "grad_norm", grad_norm);
+    le::AdaptCall counted;
+    le::pool_adapt_slot(p, slot, x, grad, *step, ewc_of(op, *step), {u, v}, outcome, grad_norm);
     le::count_skipped(outcome, 1);
   });
 }

@@ -98,6 +98,11 @@ class Pool {
     }
   }
   void remove(int32_t slot) { check(le_pool_remove(pool_, slot)); }
+  void remove_all(nb::handle slots) {
+    Array s = as_array(slots, "AdapterPool.remove", "slots");
+    int64_t elements = s.width() * (in_ + out_) * std::max(1, largest_rank_);
+    check(run(s, elements, [&] { return le_pool_remove_all(pool_, s.ptr()); }));
+  }
   std::vector<int32_t> ranks(int32_t slot) {
     std::vector<int32_t> r(slices_);
     check(le_pool_ranks(pool_, slot, r.data()));
@@ -164,6 +169,17 @@ class Pool {
     Array xa = as_array(x, op, "x"), ga = as_array(grad, op, "grad");
     return outcome_of(xa, [&](uint8_t *outcome, double *norm) {
       return le_pool_adapt_slot(pool_, slot, xa.ptr(), ga.ptr(), &step, outcome, norm);
+    });
+  }
+
+  nb::tuple adapt_slot_observed(nb::handle x, nb::handle grad, int32_t slot, const Step &step,
+                                nb::handle u, nb::handle v) {
+    const char *op = "batched_adapt";
+    Array xa = as_array(x, op, "x"), ga = as_array(grad, op, "grad");
+    Array ua = as_array(u, op, "u"), va = as_array(v, op, "v");
+    return outcome_of(xa, [&](uint8_t *outcome, double *norm) {
+      return le_pool_adapt_slot_observed(pool_, slot, xa.ptr(), ga.ptr(), &step, ua.ptr(), va.ptr(),
+                                         outcome, norm);
     });
   }
 
@@ -321,6 +337,7 @@ void bind_pool(nb::module_ &m) {
       .def("set", &Pool::set, "slot"_a, "A"_a, "B"_a, "scaling"_a)
       .def("get", &Pool::get, "slot"_a)
       .def("remove", &Pool::remove, "slot"_a)
+      .def("remove_all", &Pool::remove_all, "slots"_a.none())
       .def("ranks", &Pool::ranks, "slot"_a)
       .def("version", &Pool::version, "slot"_a)
       .def("rollback", &Pool::rollback, "slot"_a)
@@ -332,6 +349,8 @@ void bind_pool(nb::module_ &m) {
       .def("adapt", &Pool::adapt, "x"_a.none(), "grad"_a.none(), "ids"_a.none(), "weights"_a.none(),
            "step"_a)
       .def("adapt_slot", &Pool::adapt_slot, "x"_a.none(), "grad"_a.none(), "slot"_a, "step"_a)
+      .def("adapt_slot_observed", &Pool::adapt_slot_observed, "x"_a.none(), "grad"_a.none(),
+           "slot"_a, "step"_a, "u"_a.none(), "v"_a.none())
       .def("gradient_size", &Pool::gradient_size, "slot"_a)
       .def("gradient", &Pool::gradient, "x"_a.none(), "grad"_a.none(), "slot"_a, "h"_a.none(),
            "gradient"_a.none())

@@ -249,6 +249,8 @@ LE_API le_status le_pool_get(le_pool *pool, int32_t slot, const le_array *A, con
                              float *scaling);
 /* Zeroes the slot's memory and frees it; freed slots are reissued oldest first. */
 LE_API le_status le_pool_remove(le_pool *pool, int32_t slot);
+/* The same for several, int32 [K], each once: nothing is removed where one was not in use. */
+LE_API le_status le_pool_remove_all(le_pool *pool, const le_array *slots);
 /* ranks: num_slices values, 0 for a missing slice. */
 LE_API le_status le_pool_ranks(le_pool *pool, int32_t slot, int32_t *ranks);
 /* Grows by one with every change to the slot: add, set, adapt, rollback. */
@@ -360,6 +362,12 @@ LE_API le_status le_pool_adapt(le_pool *pool, const le_array *x, const le_array 
 LE_API le_status le_pool_adapt_slot(le_pool *pool, int32_t slot, const le_array *x,
                                     const le_array *grad, const le_step *step, uint8_t *outcome,
                                     double *grad_norm);
+/* The same, and where the step was applied the samples' Fisher factors are added up with it:
+ * row `slot` of u [., out] += the sum over rows of grad^2, of v [., in] += that of x^2, float32. */
+LE_API le_status le_pool_adapt_slot_observed(le_pool *pool, int32_t slot, const le_array *x,
+                                             const le_array *grad, const le_step *step,
+                                             const le_array *u, const le_array *v, uint8_t *outcome,
+                                             double *grad_norm);
 
 /* Floats in a slot's gradient buffer: for each slice its gA [r, in], then the
  * transpose of its gB [r, out]. */
