@@ -174,7 +174,7 @@ typedef struct le_op_counters {
 
 typedef struct le_counters {
   le_op_counters forward; /* le_pool_forward, le_pool_forward_slot */
-  le_op_counters adapt;   /* le_pool_adapt, le_pool_adapt_slot */
+  le_op_counters adapt;   /* le_pool_adapt, le_pool_adapt_slot, ..._observed */
   uint64_t skipped;       /* rows of these whose step was not finite, so that nothing was learned */
   int64_t resident;       /* adapters in the pools of the context, now */
 } le_counters;
