@@ -1,12 +1,19 @@
 // The C ABI: every function checks its handles and calls the core.
 #include "c_call.h"
 
+#include <memory>
+
 #include "adapt.h"
 #include "consolidate.h"
 #include "counters.h"
 #include "dispatch.h"
 #include "fisher.h"
 #include "nf4_linear.h"
+
+struct le_view {
+  le_pool *pool;
+  le::Block *block;
+};
 
 using le::core_of;
 using le::guarded;
@@ -264,6 +271,25 @@ le_status le_pool_version(le_pool *pool, int32_t slot, uint64_t *version) {
 
 le_status le_pool_rollback(le_pool *pool, int32_t slot) {
   return with("AdapterPool.rollback", "pool", pool, [&](le::AdapterPool &p) { p.rollback(slot); });
+}
+
+le_status le_pool_view(le_pool *pool, int32_t slot, le_array *A, le_array *B_transposed,
+                       le_view **out) {
+  const char *op = "AdapterPool.view";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "A", A);
+    require(op, "B_transposed", B_transposed);
+    require(op, "out", out);
+    std::unique_ptr<le_view> view(new le_view{pool, nullptr});
+    view->block = p.view(slot, A, B_transposed);
+    *out = view.release();
+  });
+}
+
+void le_view_release(le_view *view) {
+  if (!view) return;
+  view->pool->core.unview(view->block);
+  delete view;
 }
 
 le_status le_pool_get_info(le_pool *pool, le_pool_info *info) {

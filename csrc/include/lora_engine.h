@@ -258,6 +258,16 @@ LE_API le_status le_pool_version(le_pool *pool, int32_t slot, uint64_t *version)
 /* Brings back the weights before the last change (history = 1), once. */
 LE_API le_status le_pool_rollback(le_pool *pool, int32_t slot);
 
+/* The weights of a slot where they lie, for a caller that reads or steps them in place, which no
+ * lock of the slot knows of: a call that reads them meanwhile may see some stepped and some not.
+ * slices: num_slices views each of A [r, in] and of the transpose of B [r, out], in the pool's
+ * dtype; those of a missing slice have ndim 0. They never move. After set, rollback, remove or an
+ * adapt with history they are no longer the slot's; set and remove zero them. They are memory that
+ * may be read and written until le_view_release. A view borrows its pool: release it first. */
+typedef struct le_view le_view;
+LE_API le_status le_pool_view(le_pool *pool, int32_t slot, le_array *A, le_array *B_transposed,
+                              le_view **out);
+LE_API void le_view_release(le_view *view);
 /* The slot's weights as a safetensors file in memory, in the pool's dtype and under PEFT's keys:
  * base_model.model.<module>.lora_A.weight [r, in] and ...lora_B.weight [out, r]. modules: one
  * name a slice, UTF-8, none twice; that of a missing slice is not read. *size is set to the
