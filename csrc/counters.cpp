@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <mutex>
+#include <new>
+
+#include "per_thread.h"
 
 namespace le {
 namespace {
@@ -65,8 +68,13 @@ void copy(le_op_counters &to, const OpCounters &from) {
 }  // namespace
 
 ThreadCounters &counters() {
-  static thread_local Membership membership;
-  return membership.own;
+  try {
+    LE_PER_THREAD(Membership, membership);
+    return membership.own;
+  } catch (const std::bad_alloc &) {
+    static ThreadCounters uncounted;  // the call goes on, and nobody adds these up
+    return uncounted;
+  }
 }
 
 void OpCounters::end(int64_t ns) {
