@@ -17,6 +17,8 @@ from torch import nn
 import lora_engine as le
 from lora_engine.quant.bitsandbytes_layer import from_linear4bit
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 WEIGHTS = "model.safetensors"
 PATH = {
     "llama": "model.layers.0.mlp.up_proj",

@@ -11,6 +11,8 @@ from helpers_models import cosine, embeddings, minilm, quietly, sentences
 
 import lora_engine as le
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 PAIRS = [1, 0, 3, 2, 5, 4]  # of SENTENCES: which one means the same
 
 

@@ -11,6 +11,8 @@ from helpers_models import minilm_classifier, quietly, sentences, transformers
 
 import lora_engine as le
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 CONFIG = {"r": 4, "lora_alpha": 16, "target_modules": ["query", "value", "dense"],
           "init_lora_weights": True}  # fmt: skip
 LABELS = torch.tensor([0, 0, 1, 1, 0, 0])  # of SENTENCES: whether it is about money
@@ -43,7 +45,7 @@ def check(losses, weights):
     assert len(losses["attached"]) == STEPS
     assert losses["attached"] == pytest.approx(losses["peft"], rel=2e-5)
     largest = max(float(want.abs().max()) for want in weights["peft"].values())
-    assert largest > 1e-3  # B was zero
+    assert largest > 5e-4  # B was zero
     for path, want in weights["peft"].items():
         torch.testing.assert_close(weights["attached"][path], want, rtol=2e-3, atol=2e-6)
 
