@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import bits
-from helpers_models import TINY, output, quietly, tiny, tokens, transformers
+from helpers_files import quietly
+from helpers_models import TINY, output, tiny, tokens, transformers
 from helpers_nf4 import bitsandbytes, flat_bytes, same
 from safetensors.torch import load_file, save_file
 from torch import nn

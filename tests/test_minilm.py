@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from helpers_attach import with_peft
-from helpers_models import cosine, embeddings, minilm, quietly, sentences
+from helpers_files import quietly
+from helpers_models import cosine, embeddings, minilm, sentences
 
 import lora_engine as le
 

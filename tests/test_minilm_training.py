@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from helpers_attach import adapter_of, with_peft
-from helpers_models import minilm_classifier, quietly, sentences, transformers
+from helpers_files import quietly
+from helpers_models import minilm_classifier, sentences, transformers
 
 import lora_engine as le
 

@@ -8,7 +8,8 @@ import weakref
 import pytest
 import torch
 from helpers import TOLERANCE, bits
-from helpers_models import TINY, cosine, output, quietly, tiny, tokens
+from helpers_files import quietly
+from helpers_models import TINY, cosine, output, tiny, tokens
 from helpers_nf4 import NAME, bitsandbytes, matrix, same, state_dict
 from torch import nn
 
