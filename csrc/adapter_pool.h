@@ -4,6 +4,7 @@
 #include <atomic>
 #include <deque>
 #include <mutex>
+#include <unordered_map>
 #include <vector>
 
 #include "arrays.h"
@@ -65,6 +66,10 @@ class AdapterPool {
   void rollback(int32_t slot);
   le_pool_info info();
 
+  // A slot's weights as arrays of every slice, and the block that is kept for them until unview.
+  Block *view(int32_t slot, le_array *A, le_array *bt);
+  void unview(Block *block);
+
   // Slots are found without a lock; they never move.
   int32_t issued() const { return issued_.load(std::memory_order_acquire); }
   Slot &slot(int32_t id) const { return slots_[id]; }
@@ -109,6 +114,14 @@ class AdapterPool {
   std::atomic<int64_t> bytes_{0};
   std::atomic<int32_t> issued_{0};
   Segmented<Slot> slots_;
+
+  // Blocks that callers look into, and those of them that no slot has any more.
+  struct Views {
+    int64_t count = 0;
+    bool released = false;
+  };
+  std::mutex views_mutex_;
+  std::unordered_map<Block *, Views> views_;
 };
 
 // Holds the readers' locks of a set of slots: taken in ascending order, each

@@ -1,9 +1,11 @@
 // Step, Pool and Ewc of lora_engine._C.
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 
 #include "py_call.h"
@@ -20,6 +22,22 @@ struct Step : le_step {
 };
 
 class Ewc;
+
+// A view of a slot, and the pool that it borrows.
+struct HeldView {
+  le_view *view;
+  nb::object pool;
+};
+
+nb::object tensor_of(const le_array &array, nb::handle owner) {
+  using Code = nb::dlpack::dtype_code;
+  nb::dlpack::dtype dtype{
+      static_cast<uint8_t>(array.dtype == LE_BFLOAT16 ? Code::Bfloat : Code::Float),
+      static_cast<uint8_t>(array.dtype == LE_FLOAT32 ? 32 : 16), 1};
+  size_t shape[2] = {static_cast<size_t>(array.shape[0]), static_cast<size_t>(array.shape[1])};
+  nb::ndarray<nb::pytorch> tensor(array.data, 2, shape, owner, array.strides, dtype);
+  return nb::cast(tensor);
+}
 
 class Pool {
  public:
@@ -114,6 +132,25 @@ class Pool {
     return v;
   }
   void rollback(int32_t slot) { check(le_pool_rollback(pool_, slot)); }
+  // (A [r, in], transpose of B [r, out]) as torch tensors in the pool's memory, by slice; None
+  // for a missing one. They keep the pool, and the memory, as long as they live.
+  static nb::list view(nb::object self, int32_t slot) {
+    Pool &pool = nb::cast<Pool &>(self);
+    std::vector<le_array> A(pool.slices_), bt(pool.slices_);
+    auto held = std::make_unique<HeldView>(HeldView{nullptr, self});
+    check(le_pool_view(pool.pool_, slot, A.data(), bt.data(), &held->view));
+    nb::capsule owner(held.release(), [](void *p) noexcept {
+      std::unique_ptr<HeldView> last(static_cast<HeldView *>(p));
+      le_view_release(last->view);
+    });
+    nb::list views;
+    for (size_t s = 0; s < pool.slices_; ++s) {
+      bool missing = A[s].ndim == 0;
+      views.append(missing ? nb::object(nb::none())
+                           : nb::make_tuple(tensor_of(A[s], owner), tensor_of(bt[s], owner)));
+    }
+    return views;
+  }
   nb::tuple info() {
     le_pool_info i{};
     check(le_pool_get_info(pool_, &i));
@@ -341,6 +378,7 @@ void bind_pool(nb::module_ &m) {
       .def("ranks", &Pool::ranks, "slot"_a)
       .def("version", &Pool::version, "slot"_a)
       .def("rollback", &Pool::rollback, "slot"_a)
+      .def("view", &Pool::view, "slot"_a)
       .def("info", &Pool::info)
       .def("forward", &Pool::forward, "x"_a.none(), "ids"_a.none(), "weights"_a.none(),
            "out"_a.none(), "accumulate"_a, "transposed"_a = false)

@@ -204,6 +204,25 @@ class AdapterPool:
         A, B, scaling = self._storage.get(slot)
         return (A, B, scaling) if self._sliced else (A[0], B[0], scaling)
 
+    def view(self, slot: int) -> Any:
+        """(A [r, in], B [out, r]) as torch tensors of the slot's own memory; lists of both, None
+        for a missing slice, with several slices.
+
+        Of a pool on the CPU in the C++ core; TypeError for another. Who writes to them does so
+        outside the old-or-new promise: a forward meanwhile may read some weights before and some
+        after. They never move, whatever else is added. After ``set``, ``remove`` and
+        ``rollback`` (and an ``adapt`` with history=1) they are the slot's no longer: ``set`` and
+        ``remove`` zero them, and the memory is kept, with the pool, until the last of them is
+        gone.
+        """
+        if not hasattr(self._storage, "view"):
+            kind = type(self._storage).__module__
+            raise TypeError(f"AdapterPool.view: pool: expected one of the C++ core, got {kind}")
+        pairs = [pair or (None, None) for pair in self._storage.view(slot)]
+        A = [a for a, _ in pairs]
+        B = [None if bt is None else bt.t() for _, bt in pairs]
+        return (A, B) if self._sliced else (A[0], B[0])
+
     def remove(self, slot: int) -> None:
         """Zeroes the slot's memory and frees it. Raises IndexError if it is not in use."""
         with self._pending_lock:
