@@ -12,7 +12,7 @@ namespace le {
 namespace {
 
 GradientBuffers &buffers() {
-  static thread_local GradientBuffers b;
+  LE_PER_THREAD(GradientBuffers, b);
   return b;
 }
 
@@ -67,8 +67,10 @@ void update_slice(const Kernels &k, const AdapterPool &pool, int s, const Factor
   if (record && ewc->form() == LE_EWC_DELTA) {
     const float *fisher = record->fisher.data() + factors_before(pool, block, s);
     const float *largest = record->largest.data() + 2 * s;
-    of_a = {record->anchor.data() + a.element, fisher + b.n, largest[1], a.n};
-    of_b = {record->anchor.data() + b.element, fisher, largest[0], b.n};
+    bool pulls = record->pulls[static_cast<size_t>(s)];
+    const float *anchor = record->anchor.data();
+    of_a = {pulls ? anchor + a.element : nullptr, fisher + b.n, largest[1], a.n};
+    of_b = {pulls ? anchor + b.element : nullptr, fisher, largest[0], b.n};
     strength = 2.0 * double(lambda) * double(block.scaling) * double(block.scaling);
     record = nullptr;
   }
@@ -190,6 +192,26 @@ Rows checked_gradient(const char *op, const AdapterPool &pool, const Block &bloc
   return rows;
 }
 
+// Sums by slot that can take the samples' squares.
+Rows checked_sums(const char *op, const char *arg, const le_array *array, const Rows &samples,
+                  int32_t id, const char *symbols) {
+  Rows rows = matrix(op, arg, array, -1, samples.width, symbols);
+  check_dtype(op, arg, rows.dtype, LE_FLOAT32, "");
+  if (id >= rows.n || !rows.contiguous_rows())
+    fail(LE_ERROR_VALUE, "%s: %s: expected a contiguous row for slot %d, got %lld rows", op, arg,
+         id, static_cast<long long>(rows.n));
+  check_output(op, arg, array, rows);
+  check_overlap(op, arg, rows, "x, grad", samples);
+  return rows;
+}
+
+void add_squares(const Kernels &k, const Rows &samples, char *sums, Scratch<float> &copy) {
+  float *row = copy.get(samples.width);
+  for (int64_t i = 0; i < samples.n; ++i)
+    k.accumulate_squares[LE_FLOAT32][LE_FLOAT32](samples.width, 1.0f, 1.0f,
+                                                 float_row(k, samples, i, row), sums);
+}
+
 }  // namespace
 
 void pool_adapt(AdapterPool &pool, const le_array *x, const le_array *grad, const le_array *ids,
@@ -197,10 +219,10 @@ void pool_adapt(AdapterPool &pool, const le_array *x, const le_array *grad, cons
   const char *op = "batched_adapt";
   Samples all = checked_samples(op, pool, x, grad);
   check_step(op, pool, step, ewc);
-  static thread_local Batch batch_memory;
-  static thread_local Scratch<int64_t> start_memory;
-  static thread_local Scratch<uint8_t> outcome_memory;
-  static thread_local Scratch<uint32_t> owner_memory;
+  LE_PER_THREAD(Batch, batch_memory);
+  LE_PER_THREAD(Scratch<int64_t>, start_memory);
+  LE_PER_THREAD(Scratch<uint8_t>, outcome_memory);
+  LE_PER_THREAD(Scratch<uint32_t>, owner_memory);
   Batch &batch = batch_memory;
   read_batch(op, pool, ids, weights, all.x.n, Order::kBySlot, &batch);
   int64_t *starts = start_memory.get(batch.slot_count + 1);
@@ -243,14 +265,22 @@ void pool_adapt(AdapterPool &pool, const le_array *x, const le_array *grad, cons
 }
 
 void pool_adapt_slot(AdapterPool &pool, int32_t id, const le_array *x, const le_array *grad,
-                     const le_step &step, Ewc *ewc, uint8_t *outcome, double *grad_norm) {
+                     const le_step &step, Ewc *ewc, FactorSums sums, uint8_t *outcome,
+                     double *grad_norm) {
   const char *op = "batched_adapt";
   Samples samples = checked_samples(op, pool, x, grad);
   check_step(op, pool, step, ewc);
+  Rows u = sums.u ? checked_sums(op, "u", sums.u, samples.grad, id, "[slots, out]") : Rows{};
+  Rows v = sums.v ? checked_sums(op, "v", sums.v, samples.x, id, "[slots, in]") : Rows{};
+  if (sums.u) check_overlap(op, "u", u, "v", v);
   all_rows(&samples);
   ExclusiveSlot held(op, pool, id);
   Outcome result;
   if (samples.count) result = adapt_slot(kernels(), pool, id, held.slot, samples, step, ewc);
+  if (result.what == LE_APPLIED && sums.u) {
+    add_squares(kernels(), samples.grad, u.row(id), buffers().grad);
+    add_squares(kernels(), samples.x, v.row(id), buffers().x);
+  }
   *outcome = static_cast<uint8_t>(result.what);
   *grad_norm = result.grad_norm;
 }

@@ -9,8 +9,14 @@ namespace le {
 void pool_adapt(AdapterPool &pool, const le_array *x, const le_array *grad, const le_array *ids,
                 const le_array *weights, const le_step &step, Ewc *ewc, uint8_t *outcomes);
 
+// Sums of Fisher factors, a row a slot, that a step's samples are added to; null: none.
+struct FactorSums {
+  const le_array *u, *v;
+};
+
 void pool_adapt_slot(AdapterPool &pool, int32_t slot, const le_array *x, const le_array *grad,
-                     const le_step &step, Ewc *ewc, uint8_t *outcome, double *grad_norm);
+                     const le_step &step, Ewc *ewc, FactorSums sums, uint8_t *outcome,
+                     double *grad_norm);
 
 int64_t pool_gradient_size(AdapterPool &pool, int32_t slot);
 

@@ -1,5 +1,6 @@
 #include "adapter_pool.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <new>
@@ -101,10 +102,48 @@ void AdapterPool::release(Block *block) {
   int64_t bytes = block_bytes(block->ranks);
   // One user's weights must not be readable in another's; a plain memset before
   // free may be dropped by the compiler.
+  {
+    std::lock_guard<std::mutex> guard(views_mutex_);
+    auto viewed = views_.find(block);
+    if (viewed != views_.end()) {
+      std::memset(weights(*block), 0, static_cast<size_t>(elements(*block) * dtype_size(dtype_)));
+      viewed->second.released = true;
+      return;
+    }
+  }
   std::memset(block, 0, static_cast<size_t>(bytes));
   asm volatile("" : : "r"(block) : "memory");
   context_.memory.release(block, static_cast<size_t>(bytes));
   bytes_.fetch_sub(bytes, std::memory_order_relaxed);
+}
+
+Block *AdapterPool::view(int32_t id, le_array *A, le_array *bt) {
+  SharedSlots held("AdapterPool.view", *this, &id, 1);
+  Block *block = slot(id).current;
+  {
+    std::lock_guard<std::mutex> guard(views_mutex_);
+    ++views_[block].count;
+  }
+  for (int s = 0; s < num_slices(); ++s) {
+    SliceView found = slice(*block, s);
+    A[s] = bt[s] = le_array{};
+    if (found.rank == 0) continue;
+    A[s] = {found.a, {found.rank, in_}, {in_, 1}, 2, dtype_, 0};
+    bt[s] = {found.bt, {found.rank, slice_out(s)}, {slice_out(s), 1}, 2, dtype_, 0};
+  }
+  return block;
+}
+
+void AdapterPool::unview(Block *block) {
+  {
+    std::lock_guard<std::mutex> guard(views_mutex_);
+    auto viewed = views_.find(block);
+    if (--viewed->second.count > 0) return;
+    bool released = viewed->second.released;
+    views_.erase(viewed);
+    if (!released) return;
+  }
+  release(block);
 }
 
 SliceView AdapterPool::slice(const Block &block, int s) const {
@@ -266,8 +305,28 @@ void AdapterPool::get(int32_t id, const le_array *A, const le_array *B, float *s
 }
 
 void AdapterPool::remove(int32_t id) {
-  const char *op = "AdapterPool.remove";
   std::lock_guard<std::mutex> guard(mutex_);
+  remove_held("AdapterPool.remove", id);
+}
+
+void AdapterPool::remove_all(const le_array *slots) {
+  const char *op = "AdapterPool.remove";
+  Rows rows = matrix(op, "slots", slots, 1, -1, "[K]");
+  check_dtype(op, "slots", rows.dtype, LE_INT32, "");
+  std::vector<int32_t> ids(static_cast<size_t>(rows.width));
+  for (int64_t i = 0; i < rows.width; ++i) std::memcpy(&ids[i], rows.at(0, i), sizeof(int32_t));
+  std::sort(ids.begin(), ids.end());
+  auto twice = std::adjacent_find(ids.begin(), ids.end());
+  if (twice != ids.end())
+    fail(LE_ERROR_VALUE, "%s: slots: expected each slot once, got %d again", op, *twice);
+  std::lock_guard<std::mutex> guard(mutex_);  // none is removed by others between check and end
+  {
+    SharedSlots live(op, *this, ids.data(), rows.width);
+  }
+  for (int32_t id : ids) remove_held(op, id);
+}
+
+void AdapterPool::remove_held(const char *op, int32_t id) {
   Block *current, *previous;
   freed_.push_back(id);  // may throw; before anything changes
   try {
@@ -361,6 +420,7 @@ ExclusiveSlot::ExclusiveSlot(const char *op, AdapterPool &pool, int32_t id)
 
 void AdapterPool::hold_all() {
   mutex_.lock();
+  views_mutex_.lock();
   for (int32_t id = 0; id < issued(); ++id) slot(id).lock.lock();
 }
 
@@ -371,6 +431,7 @@ void AdapterPool::release_all(bool in_child) {
     else
       slot(id).lock.unlock();
   }
+  views_mutex_.unlock();
   mutex_.unlock();
 }
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <deque>
 #include <mutex>
+#include <unordered_map>
 #include <vector>
 
 #include "arrays.h"
@@ -59,10 +60,15 @@ class AdapterPool {
   void set(int32_t slot, const le_array *A, const le_array *B, float scaling);
   void get(int32_t slot, const le_array *A, const le_array *B, float *scaling);
   void remove(int32_t slot);
+  void remove_all(const le_array *slots);
   void ranks(int32_t slot, int32_t *ranks);
   uint64_t version(int32_t slot);
   void rollback(int32_t slot);
   le_pool_info info();
+
+  // A slot's weights as arrays of every slice, and the block that is kept for them until unview.
+  Block *view(int32_t slot, le_array *A, le_array *bt);
+  void unview(Block *block);
 
   // Slots are found without a lock; they never move.
   int32_t issued() const { return issued_.load(std::memory_order_acquire); }
@@ -90,6 +96,7 @@ class AdapterPool {
                      std::vector<Rows> *a, std::vector<Rows> *b) const;
   Block *make_block(const std::vector<Rows> &a, const std::vector<Rows> &b, float scaling);
   int32_t next_slot();
+  void remove_held(const char *op, int32_t slot);  // with the mutex
 
   Context &context_;
   const int64_t in_;
@@ -107,6 +114,14 @@ class AdapterPool {
   std::atomic<int64_t> bytes_{0};
   std::atomic<int32_t> issued_{0};
   Segmented<Slot> slots_;
+
+  // Blocks that callers look into, and those of them that no slot has any more.
+  struct Views {
+    int64_t count = 0;
+    bool released = false;
+  };
+  std::mutex views_mutex_;
+  std::unordered_map<Block *, Views> views_;
 };
 
 // Holds the readers' locks of a set of slots: taken in ascending order, each

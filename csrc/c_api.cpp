@@ -1,11 +1,18 @@
 // The C ABI: every function checks its handles and calls the core.
 #include "c_call.h"
 
+#include <memory>
+
 #include "adapt.h"
 #include "consolidate.h"
 #include "dispatch.h"
 #include "fisher.h"
 #include "nf4_linear.h"
+
+struct le_view {
+  le_pool *pool;
+  le::Block *block;
+};
 
 using le::core_of;
 using le::guarded;
@@ -227,6 +234,14 @@ le_status le_pool_remove(le_pool *pool, int32_t slot) {
   return with("AdapterPool.remove", "pool", pool, [&](le::AdapterPool &p) { p.remove(slot); });
 }
 
+le_status le_pool_remove_all(le_pool *pool, const le_array *slots) {
+  const char *op = "AdapterPool.remove";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "slots", slots);
+    p.remove_all(slots);
+  });
+}
+
 le_status le_pool_ranks(le_pool *pool, int32_t slot, int32_t *ranks) {
   const char *op = "AdapterPool.rank";
   return with(op, "pool", pool, [&](le::AdapterPool &p) {
@@ -245,6 +260,25 @@ le_status le_pool_version(le_pool *pool, int32_t slot, uint64_t *version) {
 
 le_status le_pool_rollback(le_pool *pool, int32_t slot) {
   return with("AdapterPool.rollback", "pool", pool, [&](le::AdapterPool &p) { p.rollback(slot); });
+}
+
+le_status le_pool_view(le_pool *pool, int32_t slot, le_array *A, le_array *B_transposed,
+                       le_view **out) {
+  const char *op = "AdapterPool.view";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "A", A);
+    require(op, "B_transposed", B_transposed);
+    require(op, "out", out);
+    std::unique_ptr<le_view> view(new le_view{pool, nullptr});
+    view->block = p.view(slot, A, B_transposed);
+    *out = view.release();
+  });
+}
+
+void le_view_release(le_view *view) {
+  if (!view) return;
+  view->pool->core->unview(view->block);
+  delete view;
 }
 
 le_status le_pool_get_info(le_pool *pool, le_pool_info *info) {
@@ -287,7 +321,21 @@ le_status le_pool_adapt_slot(le_pool *pool, int32_t slot, const le_array *x, con
     require(op, "step", step);
     require(op, "outcome", outcome);
     require(op, "grad_norm", grad_norm);
-    le::pool_adapt_slot(p, slot, x, grad, *step, ewc_of(op, *step), outcome, grad_norm);
+    le::pool_adapt_slot(p, slot, x, grad, *step, ewc_of(op, *step), {}, outcome, grad_norm);
+  });
+}
+
+le_status le_pool_adapt_slot_observed(le_pool *pool, int32_t slot, const le_array *x,
+                                      const le_array *grad, const le_step *step, const le_array *u,
+                                      const le_array *v, uint8_t *outcome, double *grad_norm) {
+  const char *op = "batched_adapt";
+  return with(op, "pool", pool, [&](le::AdapterPool &p) {
+    require(op, "step", step);
+    require(op, "u", u);
+    require(op, "v", v);
+    require(op, "outcome", outcome);
+    require(op, "grad_norm", grad_norm);
+    le::pool_adapt_slot(p, slot, x, grad, *step, ewc_of(op, *step), {u, v}, outcome, grad_norm);
   });
 }
 

@@ -153,18 +153,26 @@ void Ewc::record(const char *op, int32_t id, std::initializer_list<const le_arra
     const Part *part = of_slice.data();
     for (const le_array *arrays : given) read_part(op, k, *part++, arrays[s]);
   }
-  if (form_ == LE_EWC_DELTA) note_largest(block, made.get());
+  if (form_ == LE_EWC_DELTA) note_slices(block, made.get());
   to = std::move(made);
 }
 
-void Ewc::note_largest(const Block &block, EwcRecord *record) const {
+void Ewc::note_slices(const Block &block, EwcRecord *record) const {
   const float *at = record->fisher.data();
-  for (int s = 0; s < pool_.num_slices(); ++s)
+  auto some = [](const float *v, int64_t n) {
+    return std::any_of(v, v + n, [](float value) { return value != 0; });
+  };
+  for (int s = 0; s < pool_.num_slices(); ++s) {
     for (int64_t n : {pool_.slice_out(s), pool_.in_features()}) {
       if (!block.ranks[s]) n = 0;
       record->largest.push_back(n ? *std::max_element(at, at + n) : 0.0f);
       at += n;
     }
+    SliceView view = pool_.slice(block, s);
+    int64_t of_a = view.rank * pool_.in_features();
+    const float *a = record->anchor.data() + view.element;
+    record->pulls.push_back(some(a, of_a) && some(a + of_a, view.rank * pool_.slice_out(s)));
+  }
 }
 
 void Ewc::get(int32_t id, const le_array *first, const le_array *second, const le_array *anchor_A,
@@ -238,8 +246,10 @@ void ewc_step(const le_array *theta, const le_array *grad, const le_array *fishe
 
   const Kernels &k = kernels();
   uint64_t key = rounding_key(seed, 0, version);
-  static thread_local Scratch<float> grad_copy, fisher_copy, anchor_copy;
-  static thread_local Scratch<char> theta_copy;
+  LE_PER_THREAD(Scratch<float>, grad_copy);
+  LE_PER_THREAD(Scratch<float>, fisher_copy);
+  LE_PER_THREAD(Scratch<float>, anchor_copy);
+  LE_PER_THREAD(Scratch<char>, theta_copy);
   for (int64_t i = 0; i < t.n; ++i) {
     Update u{};
     u.n = t.width;

@@ -20,7 +20,8 @@ struct EwcRecord {
   // The anchor is laid out like the slot's weights, and so is fisher in factor form; in delta
   // form it holds u [out] and v [in] of each slice that is there.
   Floats fisher, anchor;
-  Floats largest;  // delta form: of u and of v, slice by slice
+  Floats largest;           // delta form: of u and of v, slice by slice
+  std::vector<char> pulls;  // delta form: slice by slice, whether the anchored delta is not 0
 };
 
 // In delta form, where u of a slice begins.
@@ -50,7 +51,7 @@ class Ewc {
   std::unique_ptr<EwcRecord> &entry(int32_t id);
   // given: first and second, then both anchors, or none for the weights as they are now.
   void record(const char *op, int32_t id, std::initializer_list<const le_array *> given);
-  void note_largest(const Block &block, EwcRecord *record) const;
+  void note_slices(const Block &block, EwcRecord *record) const;
 
   AdapterPool &pool_;
   const int32_t form_;

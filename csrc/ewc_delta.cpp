@@ -15,7 +15,7 @@ struct Buffers {
 };
 
 Buffers &buffers() {
-  static thread_local Buffers b;
+  LE_PER_THREAD(Buffers, b);
   return b;
 }
 
@@ -119,6 +119,7 @@ void delta_step(const Kernels &k, int32_t dtype, const FactorStep &step, const D
   Buffers &b = buffers();
   const int64_t r = step.rank;
   double *gram = b.products.get(2 * r * r), *cross = gram + r * r;
+  std::fill(cross, cross + r * r, 0.0);
   Products products{other_weights, other.anchor, other.fisher, r, other.n, gram, cross, false};
   k.products[dtype](products);
   // float32 sums are off by some 1e-7: enough as long as the pull multiplies that by little.
@@ -137,7 +138,7 @@ void delta_step(const Kernels &k, int32_t dtype, const FactorStep &step, const D
   u.element = static_cast<uint32_t>(step.element);
   u.decay = step.decay;
   u.fisher = own.fisher;
-  u.anchor = own.anchor;
+  u.anchor = own.anchor;  // null where the anchored adapter adds nothing: nothing pulls
   solve.u = u;
   solve.rank = r;
   set_coefficients(r, gram, cross, strength * step.lr, own.largest, &solve);

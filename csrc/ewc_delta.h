@@ -22,7 +22,7 @@ struct FactorStep {
 
 // What a record knows of one factor.
 struct DeltaFactor {
-  const float *anchor;  // [rank, n]
+  const float *anchor;  // [rank, n]; null in both factors: the anchored delta is 0
   const float *fisher;  // of its columns: v of A, u of B's transpose
   float largest;        // of fisher
   int64_t n;

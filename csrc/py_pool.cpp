@@ -1,9 +1,11 @@
 // Step, Pool and Ewc of lora_engine._C.
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 
 #include "py_call.h"
@@ -20,6 +22,22 @@ struct Step : le_step {
 };
 
 class Ewc;
+
+// A view of a slot, and the pool that it borrows.
+struct HeldView {
+  le_view *view;
+  nb::object pool;
+};
+
+nb::object tensor_of(const le_array &array, nb::handle owner) {
+  using Code = nb::dlpack::dtype_code;
+  nb::dlpack::dtype dtype{
+      static_cast<uint8_t>(array.dtype == LE_BFLOAT16 ? Code::Bfloat : Code::Float),
+      static_cast<uint8_t>(array.dtype == LE_FLOAT32 ? 32 : 16), 1};
+  size_t shape[2] = {static_cast<size_t>(array.shape[0]), static_cast<size_t>(array.shape[1])};
+  nb::ndarray<nb::pytorch> tensor(array.data, 2, shape, owner, array.strides, dtype);
+  return nb::cast(tensor);
+}
 
 class Pool {
  public:
@@ -98,6 +116,11 @@ class Pool {
     }
   }
   void remove(int32_t slot) { check(le_pool_remove(pool_, slot)); }
+  void remove_all(nb::handle slots) {
+    Array s = as_array(slots, "AdapterPool.remove", "slots");
+    int64_t elements = s.width() * (in_ + out_) * std::max(1, largest_rank_);
+    check(run(s, elements, [&] { return le_pool_remove_all(pool_, s.ptr()); }));
+  }
   std::vector<int32_t> ranks(int32_t slot) {
     std::vector<int32_t> r(slices_);
     check(le_pool_ranks(pool_, slot, r.data()));
@@ -109,6 +132,25 @@ class Pool {
     return v;
   }
   void rollback(int32_t slot) { check(le_pool_rollback(pool_, slot)); }
+  // (A [r, in], transpose of B [r, out]) as torch tensors in the pool's memory, by slice; None
+  // for a missing one. They keep the pool, and the memory, as long as they live.
+  static nb::list view(nb::object self, int32_t slot) {
+    Pool &pool = nb::cast<Pool &>(self);
+    std::vector<le_array> A(pool.slices_), bt(pool.slices_);
+    auto held = std::make_unique<HeldView>(HeldView{nullptr, self});
+    check(le_pool_view(pool.pool_, slot, A.data(), bt.data(), &held->view));
+    nb::capsule owner(held.release(), [](void *p) noexcept {
+      std::unique_ptr<HeldView> last(static_cast<HeldView *>(p));
+      le_view_release(last->view);
+    });
+    nb::list views;
+    for (size_t s = 0; s < pool.slices_; ++s) {
+      bool missing = A[s].ndim == 0;
+      views.append(missing ? nb::object(nb::none())
+                           : nb::make_tuple(tensor_of(A[s], owner), tensor_of(bt[s], owner)));
+    }
+    return views;
+  }
   nb::tuple info() {
     le_pool_info i{};
     check(le_pool_get_info(pool_, &i));
@@ -164,6 +206,17 @@ class Pool {
     Array xa = as_array(x, op, "x"), ga = as_array(grad, op, "grad");
     return outcome_of(xa, [&](uint8_t *outcome, double *norm) {
       return le_pool_adapt_slot(pool_, slot, xa.ptr(), ga.ptr(), &step, outcome, norm);
+    });
+  }
+
+  nb::tuple adapt_slot_observed(nb::handle x, nb::handle grad, int32_t slot, const Step &step,
+                                nb::handle u, nb::handle v) {
+    const char *op = "batched_adapt";
+    Array xa = as_array(x, op, "x"), ga = as_array(grad, op, "grad");
+    Array ua = as_array(u, op, "u"), va = as_array(v, op, "v");
+    return outcome_of(xa, [&](uint8_t *outcome, double *norm) {
+      return le_pool_adapt_slot_observed(pool_, slot, xa.ptr(), ga.ptr(), &step, ua.ptr(), va.ptr(),
+                                         outcome, norm);
     });
   }
 
@@ -321,9 +374,11 @@ void bind_pool(nb::module_ &m) {
       .def("set", &Pool::set, "slot"_a, "A"_a, "B"_a, "scaling"_a)
       .def("get", &Pool::get, "slot"_a)
       .def("remove", &Pool::remove, "slot"_a)
+      .def("remove_all", &Pool::remove_all, "slots"_a.none())
       .def("ranks", &Pool::ranks, "slot"_a)
       .def("version", &Pool::version, "slot"_a)
       .def("rollback", &Pool::rollback, "slot"_a)
+      .def("view", &Pool::view, "slot"_a)
       .def("info", &Pool::info)
       .def("forward", &Pool::forward, "x"_a.none(), "ids"_a.none(), "weights"_a.none(),
            "out"_a.none(), "accumulate"_a, "transposed"_a = false)
@@ -332,6 +387,8 @@ void bind_pool(nb::module_ &m) {
       .def("adapt", &Pool::adapt, "x"_a.none(), "grad"_a.none(), "ids"_a.none(), "weights"_a.none(),
            "step"_a)
       .def("adapt_slot", &Pool::adapt_slot, "x"_a.none(), "grad"_a.none(), "slot"_a, "step"_a)
+      .def("adapt_slot_observed", &Pool::adapt_slot_observed, "x"_a.none(), "grad"_a.none(),
+           "slot"_a, "step"_a, "u"_a.none(), "v"_a.none())
       .def("gradient_size", &Pool::gradient_size, "slot"_a)
       .def("gradient", &Pool::gradient, "x"_a.none(), "grad"_a.none(), "slot"_a, "h"_a.none(),
            "gradient"_a.none())

@@ -288,12 +288,7 @@ def to_bytes(
 
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         return save(contiguous, metadata={key: value})
-    raws = {
-        name: tensor if isinstance(tensor, Raw) else _raw_of_numpy(tensor)
-        for name, tensor in arrays.items()
-    }
-    start, order = _layout(raws, {key: value})
-    return b"".join([start, *(raws[name].data.data for name in order)])
+    return b"".join(pack(arrays, {key: value}))
 
 
 def _raw_of_numpy(array: np.ndarray) -> Raw:
@@ -302,10 +297,16 @@ def _raw_of_numpy(array: np.ndarray) -> Raw:
     return Raw(dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
-def pack(metadata: Mapping[str, str], tensors: Mapping[str, Raw]) -> tuple[bytes, list[bytes]]:
-    """What a file begins with, and the data of each tensor in their order."""
-    start, order = _layout(tensors, metadata)
-    return start, [tensors[name].data.tobytes() for name in order]
+def pack(
+    tensors: Mapping[str, np.ndarray | Raw], metadata: Mapping[str, str]
+) -> list[bytes | memoryview]:
+    """A file in parts: what it begins with, then the data of each tensor in their order."""
+    raws = {
+        name: tensor if isinstance(tensor, Raw) else _raw_of_numpy(tensor)
+        for name, tensor in tensors.items()
+    }
+    start, order = _layout(raws, metadata)
+    return [start, *(raws[name].data.data for name in order)]
 
 
 def _copy(old: BinaryIO, entry: Entry, new: BinaryIO, source: str) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from helpers_files import quietly
 
 import lora_engine as le
+from lora_engine.adapters.adapter import LoraWeights
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
@@ -89,6 +91,12 @@ BASES: dict[str, Callable[[], torch.nn.Module]] = {
     "bert": _made(_bert),
     "gpt2": _made(_gpt2),
 }
+
+
+def drawn(r: int = 2, d_in: int = 6, out: int = 5, scaling: float = 2.0) -> LoraWeights:
+    rng = np.random.default_rng([r, d_in, out])
+    A, B = (rng.standard_normal(s).astype("f4") for s in ((r, d_in), (out, r)))
+    return LoraWeights(A, B, scaling)
 
 
 @torch.no_grad()

@@ -226,6 +226,8 @@ LE_API le_status le_pool_get(le_pool *pool, int32_t slot, const le_array *A, con
                              float *scaling);
 /* Zeroes the slot's memory and frees it; freed slots are reissued oldest first. */
 LE_API le_status le_pool_remove(le_pool *pool, int32_t slot);
+/* The same for several, int32 [K], each once: nothing is removed where one was not in use. */
+LE_API le_status le_pool_remove_all(le_pool *pool, const le_array *slots);
 /* ranks: num_slices values, 0 for a missing slice. */
 LE_API le_status le_pool_ranks(le_pool *pool, int32_t slot, int32_t *ranks);
 /* Grows by one with every change to the slot: add, set, adapt, rollback. */
@@ -233,6 +235,16 @@ LE_API le_status le_pool_version(le_pool *pool, int32_t slot, uint64_t *version)
 /* Brings back the weights before the last change (history = 1), once. */
 LE_API le_status le_pool_rollback(le_pool *pool, int32_t slot);
 
+/* The weights of a slot where they lie, for a caller that reads or steps them in place, which no
+ * lock of the slot knows of: a call that reads them meanwhile may see some stepped and some not.
+ * slices: num_slices views each of A [r, in] and of the transpose of B [r, out], in the pool's
+ * dtype; those of a missing slice have ndim 0. They never move. After set, rollback, remove or an
+ * adapt with history they are no longer the slot's; set and remove zero them. They are memory that
+ * may be read and written until le_view_release. A view borrows its pool: release it first. */
+typedef struct le_view le_view;
+LE_API le_status le_pool_view(le_pool *pool, int32_t slot, le_array *A, le_array *B_transposed,
+                              le_view **out);
+LE_API void le_view_release(le_view *view);
 /* The slot's weights as a safetensors file in memory, in the pool's dtype and under PEFT's keys:
  * base_model.model.<module>.lora_A.weight [r, in] and ...lora_B.weight [out, r]. modules: one
  * name a slice, UTF-8, none twice; that of a missing slice is not read. *size is set to the
@@ -337,6 +349,12 @@ LE_API le_status le_pool_adapt(le_pool *pool, const le_array *x, const le_array 
 LE_API le_status le_pool_adapt_slot(le_pool *pool, int32_t slot, const le_array *x,
                                     const le_array *grad, const le_step *step, uint8_t *outcome,
                                     double *grad_norm);
+/* The same, and where the step was applied the samples' Fisher factors are added up with it:
+ * row `slot` of u [., out] += the sum over rows of grad^2, of v [., in] += that of x^2, float32. */
+LE_API le_status le_pool_adapt_slot_observed(le_pool *pool, int32_t slot, const le_array *x,
+                                             const le_array *grad, const le_step *step,
+                                             const le_array *u, const le_array *v, uint8_t *outcome,
+                                             double *grad_norm);
 
 /* Floats in a slot's gradient buffer: for each slice its gA [r, in], then the
  * transpose of its gB [r, out]. */

@@ -74,29 +74,37 @@ template <class V>
 constexpr int64_t kProductColumns = std::is_same<V, F>::value ? 1024 : INT64_MAX / 2;
 
 // OWN rows of gram from i0 and ANCHORS rows of cross, against RT rows of own from j0;
-// on the diagonal what lies above it is left out. One accumulator an element.
+// on the diagonal what lies above it is left out. Summed in an order that the shape fixes.
 template <class V, class T, int OWN, int ANCHORS, int RT, bool DIAGONAL>
 LE_INLINE void product_tile(const Products &p, int64_t i0, int64_t j0) {
   constexpr int LT = OWN + ANCHORS, TRIANGLE = DIAGONAL ? OWN : 0;
   const T *own = static_cast<const T *>(p.own);
   double total[LT][RT] = {};
   for (int64_t first = 0; first < p.n; first += kProductColumns<V>) {
-    V acc[LT][RT] = {};
-    auto add = [&](auto &&read) {
+    V acc[2][LT][RT] = {};
+    auto add = [&](int half, auto &&read) {
       F weight = read(p.weights), right[RT], left[LT];
       for (int j = 0; j < RT; ++j) right[j] = read(own + (j0 + j) * p.n);
       for (int i = 0; i < OWN; ++i) left[i] = read(own + (i0 + i) * p.n);
       for (int i = 0; i < ANCHORS; ++i) left[OWN + i] = read(p.anchor + (i0 + i) * p.n);
-      add_products<V, 0, LT, RT, TRIANGLE>(weight, left, right, acc);
+      add_products<V, 0, LT, RT, TRIANGLE>(weight, left, right, acc[half]);
       if constexpr (std::is_same<V, D>::value)
-        add_products<V, 1, LT, RT, TRIANGLE>(weight, left, right, acc);
+        add_products<V, 1, LT, RT, TRIANGLE>(weight, left, right, acc[half]);
     };
     int64_t at = first, end = std::min(p.n, first + kProductColumns<V>);
-    for (; at + W <= end; at += W) add([at](const auto *row) { return load(row + at); });
+    if (LT * RT <= 4)  // few sums would wait for one another
+      for (; at + 2 * W <= end; at += 2 * W) {
+        add(0, [at](const auto *row) { return load(row + at); });
+        add(1, [at](const auto *row) { return load(row + at + W); });
+      }
+    for (; at + W <= end; at += W) add(0, [at](const auto *row) { return load(row + at); });
     if (int64_t left = end - at)
-      add([at, left](const auto *row) { return load_part(row + at, left); });
+      add(0, [at, left](const auto *row) { return load_part(row + at, left); });
+    if (LT * RT <= 4)
+      for (int i = 0; i < LT; ++i)
+        for (int j = 0; j < RT; ++j) acc[0][i][j] += acc[1][i][j];
     for (int i = 0; i < LT; ++i)
-      for (int j = 0; j < RT; ++j) total[i][j] += sum(acc[i][j]);
+      for (int j = 0; j < RT; ++j) total[i][j] += sum(acc[0][i][j]);
   }
   for (int j = 0; j < RT; ++j) {
     for (int i = 0; i < OWN; ++i)
@@ -106,32 +114,36 @@ LE_INLINE void product_tile(const Products &p, int64_t i0, int64_t j0) {
   }
 }
 
-template <class V, class T>
+// ANCHORS: 2 a tile of two ranks, or 0: cross is not asked for.
+template <class V, class T, int ANCHORS>
 void products_in(const Products &p) {
+  constexpr int ONE = ANCHORS / 2;
   int64_t r = p.rank, pairs = r - r % 2;
   for (int64_t j = 0; j < pairs; j += 2) {
-    for (int64_t i = 0; i < j; i += 2) product_tile<V, T, 0, 2, 2, false>(p, i, j);
-    product_tile<V, T, 2, 2, 2, true>(p, j, j);
-    for (int64_t i = j + 2; i < pairs; i += 2) product_tile<V, T, 2, 2, 2, false>(p, i, j);
-    if (pairs < r) product_tile<V, T, 1, 1, 2, false>(p, pairs, j);
+    if constexpr (ANCHORS > 0)
+      for (int64_t i = 0; i < j; i += 2) product_tile<V, T, 0, ANCHORS, 2, false>(p, i, j);
+    product_tile<V, T, 2, ANCHORS, 2, true>(p, j, j);
+    for (int64_t i = j + 2; i < pairs; i += 2) product_tile<V, T, 2, ANCHORS, 2, false>(p, i, j);
+    if (pairs < r) product_tile<V, T, 1, ONE, 2, false>(p, pairs, j);
   }
   if (pairs == r) return;
-  for (int64_t i = 0; i < pairs; i += 2) product_tile<V, T, 0, 2, 1, false>(p, i, pairs);
-  product_tile<V, T, 1, 1, 1, true>(p, pairs, pairs);
+  if constexpr (ANCHORS > 0)
+    for (int64_t i = 0; i < pairs; i += 2) product_tile<V, T, 0, ANCHORS, 1, false>(p, i, pairs);
+  product_tile<V, T, 1, ONE, 1, true>(p, pairs, pairs);
 }
 
 template <class T>
 void products(const Products &p) {
   if (p.wide)
-    products_in<D, T>(p);
+    p.anchor ? products_in<D, T, 2>(p) : products_in<D, T, 0>(p);
   else
-    products_in<F, T>(p);
+    p.anchor ? products_in<F, T, 2>(p) : products_in<F, T, 0>(p);
 }
 
 // ---- solve: the columns of one factor -----------------------------------------------
 
 // Of few ranks a column stays in registers.
-template <class T, int R>
+template <class T, int R, bool PULL>
 LE_INLINE void solve_registers(const Solve s) {  // by value: no store can alias it
   const T *src = static_cast<const T *>(s.u.src);
   T *dst = static_cast<T *>(s.u.dst);
@@ -145,23 +157,39 @@ LE_INLINE void solve_registers(const Solve s) {  // by value: no store can alias
     lambda[k] = set1(s.lambda[k]);
     for (int j = 0; j < R; ++j) {
       basis[k][j] = set1(s.into[k * 2 * R + j]);
-      pull[k][j] = set1(s.into[k * 2 * R + R + j]);
+      if (PULL) pull[k][j] = set1(s.into[k * 2 * R + R + j]);
     }
   }
   auto columns = [&](int64_t at, auto &&read, auto &&write) {
-    F t = penalty * read(s.u.fisher + at), theta[R], anchor[R], next[R];
-    for (int j = 0; j < R; ++j) {
+    F t = penalty * read(s.u.fisher + at), theta[R], z[R], over[R], next[R];
+    for (int j = 0; j < R; ++j)
       theta[j] = fma(coef[j], read(vec[j] + at), decay * read(src + j * n + at));
-      anchor[j] = read(s.u.anchor + j * n + at);
-    }
     for (int k = 0; k < R; ++k) {
-      F own = basis[k][0] * theta[0], pulled = pull[k][0] * anchor[0];
-      for (int j = 1; j < R; ++j) {
-        own = fma(basis[k][j], theta[j], own);
-        pulled = fma(pull[k][j], anchor[j], pulled);
+      z[k] = basis[k][0] * theta[0];
+      for (int j = 1; j < R; ++j) z[k] = fma(basis[k][j], theta[j], z[k]);
+      over[k] = fma(t, lambda[k], one);
+    }
+    if constexpr (PULL) {
+      F anchor[R];
+      for (int j = 0; j < R; ++j) anchor[j] = read(s.u.anchor + j * n + at);
+      for (int k = 0; k < R; ++k) {
+        F pulled = pull[k][0] * anchor[0];
+        for (int j = 1; j < R; ++j) pulled = fma(pull[k][j], anchor[j], pulled);
+        z[k] = fma(t, pulled, z[k]);
       }
-      F z = fma(t, pulled, own) / fma(t, lambda[k], one);
-      for (int j = 0; j < R; ++j) next[j] = k ? fma(basis[k][j], z, next[j]) : basis[k][j] * z;
+    }
+    if constexpr (PULL || R % 2) {
+      for (int k = 0; k < R; ++k) z[k] /= over[k];
+    } else {  // divisions are what takes longest here: one for two, over[k] being at most 1e18
+      for (int k = 0; k < R; k += 2) {
+        F both = one / (over[k] * over[k + 1]);
+        z[k] *= over[k + 1] * both;
+        z[k + 1] *= over[k] * both;
+      }
+    }
+    for (int j = 0; j < R; ++j) {
+      next[j] = basis[0][j] * z[0];
+      for (int k = 1; k < R; ++k) next[j] = fma(basis[k][j], z[k], next[j]);
     }
     for (int j = 0; j < R; ++j)
       write(dst + j * n + at, next[j], s.u.element + static_cast<uint32_t>(j * n + at));
@@ -181,16 +209,22 @@ LE_INLINE void solve_registers(const Solve s) {  // by value: no store can alias
         });
 }
 
+template <class T, int R>
+void solve_few(const Solve &s) {
+  s.u.anchor ? solve_registers<T, R, true>(s) : solve_registers<T, R, false>(s);
+}
+
 // Of more, a strip of columns at a time stays in the L1: rows [0, 2 rank) of s.rows hold
 // theta before the penalty and t anchor, the others z.
 template <class T>
 void solve_strip(const Solve &s, int64_t first, int64_t count) {
   const int64_t r = s.rank, n = s.u.n;
+  const bool pulls = s.u.anchor != nullptr;
   float *const *in = s.rows, *const *z = s.rows + 2 * r;
   const T *src = static_cast<const T *>(s.u.src) + first;
   T *dst = static_cast<T *>(s.u.dst) + first;
   const F decay = set1(s.u.decay), pull = set1(s.u.penalty), one = set1(1.0f);
-  const float *weights = s.u.fisher + first, *anchor = s.u.anchor + first;
+  const float *weights = s.u.fisher + first, *anchor = pulls ? s.u.anchor + first : nullptr;
   auto each = [count](auto &&visit) {
     int64_t at = 0;
     for (; at + W <= count; at += W) visit(at, [](const auto *p) { return load(p); });
@@ -200,10 +234,11 @@ void solve_strip(const Solve &s, int64_t first, int64_t count) {
     const F coef = set1(-s.coef[j]);
     each([&, vec = s.vec[j] + first](int64_t at, auto &&read) {
       store(in[j] + at, fma(coef, read(vec + at), decay * read(src + j * n + at)));
-      store(in[r + j] + at, pull * read(weights + at) * read(anchor + j * n + at));
+      if (pulls) store(in[r + j] + at, pull * read(weights + at) * read(anchor + j * n + at));
     });
   }
-  expand<float, float>(r, 2 * r, s.into, 2 * r, reinterpret_cast<const void *const *>(in), count,
+  expand<float, float>(r, pulls ? 2 * r : r, s.into, 2 * r,
+                       reinterpret_cast<const void *const *>(in), count,
                        reinterpret_cast<void *const *>(z), 0);
   for (int64_t k = 0; k < r; ++k) {
     const F lambda = set1(s.lambda[k]);
@@ -228,10 +263,10 @@ void solve_strip(const Solve &s, int64_t first, int64_t count) {
 
 template <class T>
 void solve(const Solve &s) {
-  if (s.rank == 1) return solve_registers<T, 1>(s);
-  if (s.rank == 2) return solve_registers<T, 2>(s);
-  if (s.rank == 3) return solve_registers<T, 3>(s);
-  if (s.rank == 4) return solve_registers<T, 4>(s);
+  if (s.rank == 1) return solve_few<T, 1>(s);
+  if (s.rank == 2) return solve_few<T, 2>(s);
+  if (s.rank == 3) return solve_few<T, 3>(s);
+  if (s.rank == 4) return solve_few<T, 4>(s);
   const int64_t width = strip_columns(s.rank);
   for (int64_t at = 0; at < s.u.n; at += width) solve_strip<T>(s, at, std::min(width, s.u.n - at));
 }

@@ -39,7 +39,8 @@ struct Update {
 using UpdateFn = void (*)(const Update &);
 
 // gram [rank, rank] = own diag(weights) own^T and cross = anchor diag(weights) own^T; own and
-// anchor [rank, n]. wide: all in float64, else in float32 but for the sum of blocks of columns.
+// anchor [rank, n], or null: cross is not asked for. wide: all in float64, else in float32 but for
+// the sum of blocks of columns.
 struct Products {
   const void *own;
   const float *anchor, *weights;
@@ -51,7 +52,8 @@ using ProductsFn = void (*)(const Products &);
 
 // An update of the `rank` rows at u.src, whose columns are tied: with t = u.penalty u.fisher[i],
 // Q diag(lambda) Q^T a symmetric matrix and theta a column after the step without a penalty,
-// Q z, z_k = (into_k [theta; t anchor]) / (1 + t lambda_k).
+// Q z, z_k = (into_k [theta; t anchor]) / (1 + t lambda_k), t lambda_k at most 1e18; without
+// u.anchor it counts as zeros.
 struct Solve {
   Update u;  // of the first row, but for vec and coef; fisher [n] is of all rows
   int64_t rank;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from lora_engine.backends import chosen
 
 if TYPE_CHECKING:
     from lora_engine.learning.ewc import EWC
+
+
+_REMOVED = 64  # slots at a time, of ``remove_all``
 
 
 def _number(op: str, value: Any) -> float:
@@ -201,12 +204,46 @@ class AdapterPool:
         A, B, scaling = self._storage.get(slot)
         return (A, B, scaling) if self._sliced else (A[0], B[0], scaling)
 
+    def view(self, slot: int) -> Any:
+        """(A [r, in], B [out, r]) as torch tensors of the slot's own memory; lists of both, None
+        for a missing slice, with several slices.
+
+        Of a pool on the CPU in the C++ core; TypeError for another. Who writes to them does so
+        outside the old-or-new promise: a forward meanwhile may read some weights before and some
+        after. They never move, whatever else is added. After ``set``, ``remove`` and
+        ``rollback`` (and an ``adapt`` with history=1) they are the slot's no longer: ``set`` and
+        ``remove`` zero them, and the memory is kept, with the pool, until the last of them is
+        gone.
+        """
+        if not hasattr(self._storage, "view"):
+            kind = type(self._storage).__module__
+            raise TypeError(f"AdapterPool.view: pool: expected one of the C++ core, got {kind}")
+        pairs = [pair or (None, None) for pair in self._storage.view(slot)]
+        A = [a for a, _ in pairs]
+        B = [None if bt is None else bt.t() for _, bt in pairs]
+        return (A, B) if self._sliced else (A[0], B[0])
+
     def remove(self, slot: int) -> None:
         """Zeroes the slot's memory and frees it. Raises IndexError if it is not in use."""
         with self._pending_lock:
             self._storage.remove(slot)
             self._owners.end(slot)
             self._pending.pop(slot, None)
+
+    def remove_all(self, slots: Iterable[int]) -> None:
+        """``remove`` of many slots, each once, without the GIL on the CPU."""
+        left = list(slots)
+        for at in range(0, len(left), _REMOVED):  # between them others take the lock
+            some = left[at : at + _REMOVED]
+            with self._pending_lock:
+                if hasattr(self._storage, "remove_all"):
+                    self._storage.remove_all(np.array(some, np.int32))
+                else:
+                    for slot in some:
+                        self._storage.remove(slot)
+                for slot in some:
+                    self._owners.end(slot)
+                    self._pending.pop(slot, None)
 
     def ranks(self, slot: int) -> tuple[int, ...]:
         """The rank of each slice, 0 for a missing one."""

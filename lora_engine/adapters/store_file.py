@@ -24,7 +24,6 @@ from lora_engine.safetensors_file import (
     Raw,
     open_file,
     pack,
-    raw_of_numpy,
     read_header,
     short,
     to_array,
@@ -82,24 +81,25 @@ def path_of(folder: str, hashed: bytes) -> str:
 # ---- writing ----------------------------------------------------------------
 
 
-def _raw(array: np.ndarray, dtype: str) -> Raw:
+def _stored(array: np.ndarray, dtype: str) -> np.ndarray | Raw:
     if dtype == "bfloat16":  # the values are of it: the lower halves are zero
         high = np.ascontiguousarray(array, np.float32).view(np.uint32) >> np.uint32(16)
         return Raw("BF16", array.shape, high.astype(np.uint16).reshape(-1).view(np.uint8))
-    return raw_of_numpy(array.astype(dtype))
+    return array.astype(dtype)
 
 
-def encode(user: str, stored: Stored, dtype: str) -> list[bytes]:
+def encode(user: str, stored: Stored, dtype: str) -> list[bytes | memoryview]:
     """The parts of the file, in their order."""
-    tensors = {}
+    tensors: dict[str, np.ndarray | Raw] = {}
     for name, factors in (("lora_A", stored.A), ("lora_B", stored.B)):
         for s, factor in enumerate(factors):
             if factor is not None:
-                tensors[f"{name}.{s}"] = _raw(factor, dtype)
+                tensors[f"{name}.{s}"] = _stored(factor, dtype)
     for name, array in stored.state.items():
-        tensors[f"state.{name}"] = raw_of_numpy(array)
+        tensors[f"state.{name}"] = array
     metadata = {"digest": _NO_DIGEST, "user": user, "scaling": repr(stored.scaling)}
-    head, data = pack(metadata, tensors)
+    head, *data = pack(tensors, metadata)
+    head = bytes(head)
     return [head.replace(_quoted(_NO_DIGEST), _quoted(_digest(head, data)), 1), *data]
 
 

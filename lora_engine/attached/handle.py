@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,17 @@ from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.micro_lora import MicroLoRA
 from lora_engine.attached.layers import LayerState
 from lora_engine.attached.matching import Model, kind_of
-from lora_engine.attached.model import AttachedGenerator, AttachedModel, names_of
+from lora_engine.attached.merging import Merged
+from lora_engine.attached.model import (
+    AttachedCheckpoint,
+    AttachedGenerator,
+    AttachedModel,
+    checkpointed,
+    names_of,
+)
 from lora_engine.attached.placement import Placed, Shelf
 from lora_engine.attached.rows import BASE, Calls, Name, Rows, mixture_of
+from lora_engine.attached.weights import Trained
 
 Source = str | os.PathLike[str] | MicroLoRA | Adapter
 _KEPT = 32  # batches whose rows are kept, by their names
@@ -47,9 +56,15 @@ class Attached:
         self._layers: dict[str, torch.nn.Module] = {}  # attached modules by path
         self._active: Name = next(iter(adapters))
         self._kept: dict[Any, Rows | None] = {}
+        self._merged = Merged()
+        self._frozen: list[tuple[torch.nn.Parameter, bool]] = []
         self._add("attach", adapters)
         front = AttachedGenerator if hasattr(model, "generate") else AttachedModel
         self._base_class = type(model)
+        self._checkpointed = checkpointed(model)
+        for module in self._checkpointed:
+            module._lora_calls = self.calls
+            module.__class__ = attached_class(AttachedCheckpoint, type(module))
         model._lora_model = self  # type: ignore[assignment]
         model.__class__ = attached_class(front, self._base_class)
 
@@ -86,6 +101,7 @@ class Attached:
         for name, source in sources.items():
             if not isinstance(name, str) or not name or name == BASE:
                 raise ValueError(f"{op}: expected names other than {BASE}, got {name!r}")
+            _check_unmerged(op, name, self._merged)
             adapter = model.adapter(name, source)
             paths = model.paths(name, adapter)
             model.check(name, adapter, paths)
@@ -98,6 +114,8 @@ class Attached:
         }
         for path, state in states.items():
             self._attach_layer(path, model.modules[path], state)
+        for name in placed:
+            self._untrain(name, self._placed.get(name))
         self._placed = {**self._placed, **placed}
         self._changed()
 
@@ -122,17 +140,22 @@ class Attached:
                 state = new[path] = LayerState(path, self.calls, type(module), packed)
             return state
 
+        def device(path: str) -> torch.device:
+            found: torch.device = next(model.modules[path].parameters()).device
+            return found
+
         slots = []
         for key, weights in adapter.modules.items():
             path = paths[key]
-            module: Any = model.modules[path]
-            kind = kind_of(module)
+            kind = kind_of(model.modules[path])
             assert kind is not None  # as checked
-            placement = self._shelf.placement(
-                state_of(path).placements, kind.sizes(module), adapter.dtype, module.weight.device
-            )
-            slots.append((placement, weights))
-        return self._shelf.place(adapter, paths, slots)
+            sizes = kind.sizes(model.modules[path])
+            state = state_of(path)
+            placement = self._shelf.placement(state.placements, sizes, adapter.dtype, device(path))
+            slots.append((path, placement, weights))
+        for key in (*adapter.embeddings, *adapter.biases):
+            state_of(paths[key])
+        return self._shelf.place(adapter, paths, slots, device)
 
     def _attach_layer(self, path: str, module: torch.nn.Module, state: LayerState) -> None:
         kind = kind_of(module)
@@ -149,6 +172,8 @@ class Attached:
         self._check_attached("Attached.remove")
         with self._shelf.lock:
             self._known("Attached.remove", name)
+            _check_unmerged("Attached.remove", name, self._merged)
+            self._untrain(name, self._placed[name])
             active = self._active
             if active == name or (isinstance(active, Mapping) and name in active):
                 self._active = None
@@ -177,43 +202,169 @@ class Attached:
     def _changed(self) -> None:
         """After any change to what names mean."""
         self._kept = {}
-        self.calls.default = self._uniform()
-
-    def _uniform(self) -> Rows | None:
         mixture = mixture_of("set_adapter", self._active, self._placed)
-        return self._rows([mixture], True, 1) if mixture else None
+        by_torch = [p for p, _ in mixture if p.trained or p.dropout]
+        self.calls.default = self._rows([mixture], True, by_torch) if mixture else None
 
-    def _rows(self, mixtures: list[Any], uniform: bool, repeat: int) -> Rows:
-        return Rows(mixtures, uniform, self._device(), frozenset(), repeat)
-
-    def _device(self) -> torch.device:
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
-
-    def rows_by_default(self) -> Rows | None:
-        """What a call without adapter_names serves."""
-        if self._shelf.dropped:
-            self._shelf.sweep()
-        return self.calls.default
+    def _rows(
+        self,
+        mixtures: Sequence[Sequence[tuple[Placed, float]]],
+        uniform: bool,
+        by_torch: Iterable[Placed],
+        repeat: int = 1,
+    ) -> Rows | None:
+        """by_torch: those that torch's own ops compute."""
+        if not any(mixtures):
+            return None
+        by_torch = frozenset(by_torch)
+        for placed in by_torch:
+            placed.view()
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return Rows(mixtures, uniform, device, by_torch, repeat)
 
     def rows_of(self, names: Any, batch: int | None, repeat: int = 1) -> Rows | None:
-        """What a call's adapter_names stand for, checked before it runs; None: the base alone."""
+        """What a call's adapter_names, or with None set_adapter's choice, stand for; checked
+        before it runs. None: the base alone."""
         if self._shelf.dropped:
             self._shelf.sweep()
         op = "adapter_names"
-        names = names_of(op, names)
-        if batch is not None and len(names) != batch:
-            raise ValueError(f"{op}: expected one for each of the {batch} rows, got {len(names)}")
-        key = (repeat, *(n if isinstance(n, str) else _frozen(n) for n in names))
+        grad, training = torch.is_grad_enabled(), self.model.training
+        key: tuple[Any, ...] = (grad, training, repeat)
+        if names is not None:
+            names = names_of(op, names)
+            if batch is not None and len(names) != batch:
+                want = f"one for each of the {batch} rows"
+                raise ValueError(f"{op}: expected {want}, got {len(names)}")
+            key += tuple(n if isinstance(n, str) else _frozen(n) for n in names)
+        if self._merged.adapters:
+            if names is not None:
+                _check_unmerged(op, next(iter(self._merged.adapters)), self._merged)
+            return None
         kept = self._kept  # the one of now: who changes names makes a new one
+        placed, active = self._placed, self._active
         if key in kept:
             return kept[key]
-        placed = self._placed
-        mixtures = [mixture_of(op, name, placed) for name in names]
-        rows = self._rows(mixtures, False, repeat) if any(mixtures) else None
+        wanted = [active] if names is None else names
+        mixtures = [mixture_of(op, name, placed) for name in wanted]
+        named = {p for mixture in mixtures for p, _ in mixture}
+        by_torch = [p for p in named if (p.trained and grad) or (p.dropout and training)]
+        rows = self._rows(mixtures, names is None, by_torch, repeat)
+        if names is not None and rows is not None and grad:
+            self.calls.recorded = True
         if len(kept) >= _KEPT:
             kept.clear()
         kept[key] = rows
         return rows
+
+    # ---- training ----
+
+    def parameters(self, name: str) -> list[torch.nn.Parameter]:
+        """An adapter's weights as Parameters, layer by layer A [r, in] and B [out, r], then
+        biases: for a torch optimiser, which steps what is served in place.
+
+        From then on the adapter is trained: calls under autograd record it, as PEFT's layers do
+        (its dropout included, in train mode), and the model's parameters() has them too, but not
+        its state_dict. The model's own weights are frozen, as get_peft_model does; detach puts
+        their requires_grad back. A 16-bit adapter becomes float32 first, as with PEFT.
+
+        A step is outside the old-or-new promise: a call at the same time may see some weights
+        before it and some after. Where the adapter is replaced or removed they stay valid, zeroed,
+        and train nothing that is served. Raises ValueError (name), TypeError (a pool that is not
+        of the C++ core).
+        """
+        op = "Attached.parameters"
+        self._check_attached(op)
+        with self._shelf.lock:
+            placed = self._known(op, name)
+            if not placed.trained:
+                if placed.adapter.dtype != "float32":
+                    self._add(op, {name: replace(placed.now(), dtype="float32")})
+                    placed = self._known(op, name)
+                self._train(name, placed)
+        self._shelf.sweep()
+        return placed.weights.parameters()
+
+    def _train(self, name: str, placed: Placed) -> None:
+        for pool, slot in placed.slots.values():
+            pool.view(slot)  # or TypeError
+        weights = placed.view()
+        own = name.replace(".", "_")
+        for path, kind, _, _ in weights.all():
+            child = self._layers[path]._modules.get(kind)
+            if own in getattr(child, "_parameters", {}):
+                raise ValueError(
+                    "Attached.parameters: name: expected one that differs from those trained by"
+                    f" more than . and _, got {name!r}"
+                )
+        if not self._frozen:
+            self._frozen = [(p, p.requires_grad) for p in self.model.parameters()]
+            for parameter, _ in self._frozen:
+                parameter.requires_grad_(False)
+        weights.train()
+        for path, kind, holder, attribute in weights.all():
+            layer = self._layers[path]
+            child = layer._modules.setdefault(kind, Trained())
+            assert child is not None
+            child._parameters[own] = getattr(holder, attribute)  # also where it is named "train"
+        self._changed()
+
+    def _untrain(self, name: str, placed: Placed | None) -> None:
+        """Takes an adapter's Parameters from the layers."""
+        if placed is None or not placed.trained:
+            return
+        for path, kind, _, _ in placed.weights.all():
+            layer = self._layers[path]
+            child: Any = layer._modules[kind]
+            del child._parameters[name.replace(".", "_")]
+            if not child._parameters:
+                del layer._modules[kind]
+
+    # ---- merged into the base weights ----
+
+    def merge(self, name: str) -> None:
+        """Adds an adapter's deltas to the model's own weights, which then serve every row.
+
+        Until it is unmerged calls take no adapter_names, as with PEFT, set_adapter has no effect,
+        and the model's state_dict is the merged one. The weights before are kept, at the cost of
+        their memory. In float32, rounded once. Not while a call runs. Raises TypeError (packed
+        weights, a bias that the layer has none for), ValueError (a weight that layers share, a
+        sum that is not finite, merged already), changing nothing.
+        """
+        op = "Attached.merge"
+        self._check_attached(op)
+        with self._shelf.lock:
+            placed = self._known(op, name)
+            _check_unmerged(op, name, self._merged)
+            self._merge(op, {**self._merged.adapters, name: placed})
+
+    def unmerge(self, name: str) -> None:
+        """Takes it out again: with none left merged, the model's weights to the bit."""
+        op = "Attached.unmerge"
+        self._check_attached(op)
+        with self._shelf.lock:
+            if name not in self._merged.adapters:
+                names = ", ".join(self._merged.adapters) or "none"
+                raise ValueError(f"{op}: name: expected a merged adapter ({names}), got {name!r}")
+            self._merge(op, {k: p for k, p in self._merged.adapters.items() if k != name})
+
+    def _merge(self, op: str, adapters: Mapping[str, Placed]) -> None:
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        self._merged.change(op, adapters, modules)
+        self._changed()
+        if adapters:
+            self.calls.default = None
+
+    # ---- out of the model ----
+
+    def adapter(self, name: str) -> Adapter:
+        """A copy of an adapter with its weights of now."""
+        self._check_attached("Attached.adapter")
+        with self._shelf.lock:
+            return self._known("Attached.adapter", name).now()
+
+    def save(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """An adapter as a PEFT folder; ``Adapter.save``."""
+        self.adapter(name).save(folder)
 
     # ---- back to the model as it was ----
 
@@ -221,12 +372,20 @@ class Attached:
         """Gives the model back as it was before ``attach``: the same modules, classes, weights."""
         self._check_attached("Attached.detach")
         with self._shelf.lock:
+            self._merge("Attached.detach", {})
+            for name, placed in self._placed.items():
+                self._untrain(name, placed)
+            for parameter, required in self._frozen:
+                parameter.requires_grad_(required)
             del self.model._lora_model
             self.model.__class__ = self._base_class
             for module in self._layers.values():
                 state: Any = module._lora
                 module.__class__ = state.base_class
                 del module._lora
+            for module in self._checkpointed:
+                module.__class__ = module.__class__.__bases__[1]
+                del module._lora_calls
             self._placed, self._layers = {}, {}
             self._active = None
             self._changed()
@@ -235,3 +394,8 @@ class Attached:
 
 def _frozen(name: Any) -> Any:
     return tuple(name.items()) if isinstance(name, Mapping) else name
+
+
+def _check_unmerged(op: str, name: str, merged: Merged) -> None:
+    if name in merged.adapters:
+        raise ValueError(f"{op}: expected no merged adapter, got {name!r}: unmerge it first")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import lora_engine.torch_ops  # noqa: F401  defines the ops
 from lora_engine.attached.placement import Placement
 from lora_engine.attached.rows import Calls, Part, Rows
+from lora_engine.attached.weights import Factors
 from lora_engine.quant.bitsandbytes_layer import from_linear4bit
 from lora_engine.quant.linear import NF4Linear
 
@@ -49,6 +50,7 @@ class AttachedLayer:
     BASE: type
     _lora: LayerState
     training: bool
+    bias: Any
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Not the base class's, which is for classes that people write."""
@@ -69,11 +71,23 @@ class AttachedLayer:
         if rows is None:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        return self.add(y, x, rows)
+        return self.with_adapters(y, x, rows)
+
+    def with_adapters(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
+        """y with what the rows' adapters add to it; y may be written to."""
+        if y.ndim == 1:  # one row, without a batch
+            return self.with_adapters(y[None], x[None], rows)[0]
+        y = self.add(y, x, rows)
+        for part in rows.bias_parts:
+            biases = part.placed.weights.biases.get(self._lora.path)
+            if biases is not None:
+                bias = biases.delta(self.bias).to(y.dtype)
+                y = add_part(y, bias.expand(1, *y.shape[1:]), part, rows, self._lora.path)
+        return y
 
     def add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        """y with what the rows' adapters add; y may be written to."""
-        raise NotImplementedError
+        """y with the rows' deltas."""
+        return y
 
 
 class AttachedLinear(AttachedLayer):
@@ -94,7 +108,7 @@ class AttachedLinear(AttachedLayer):
         """What is added from each pool that the rows name a slot of."""
         state, found = self._lora, []
         batch = x.shape[0] if x.ndim > 1 else 1
-        per = x.numel() // (x.shape[-1] * max(batch, 1))
+        per = x.numel() // max(x.shape[-1] * batch, 1)
         for placement in state.placements.values():
             ids, weights = rows.spread(placement, state.path, batch, per)
             if ids is not None:
@@ -104,7 +118,22 @@ class AttachedLinear(AttachedLayer):
     def add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
         for delta in self.deltas(x, rows):
             y = add_delta(y, x, *delta)
-        return y
+        dtype = y.dtype
+        for part in rows.torch_parts:
+            factors = part.placed.weights.factors.get(self._lora.path)
+            if factors is not None:
+                y = self._add_by_torch(y, x, part, factors, rows)
+        return y.to(dtype)
+
+    def _add_by_torch(
+        self, y: Tensor, x: Tensor, part: Part, factors: Factors, rows: Rows
+    ) -> Tensor:
+        """As PEFT has it, in torch's own ops: what autograd records for A and B, and dropout."""
+        elements = rows.elements(part, self._lora.path, x.shape[0])
+        x = (x if elements is None else x[elements]).to(factors.A.dtype)
+        x = F.dropout(x, part.placed.dropout, self.training)
+        delta = F.linear(F.linear(x, factors.A), factors.B) * factors.scaling
+        return add_part(y, delta, part, rows, self._lora.path)
 
 
 def add_delta(y: Tensor, x: Tensor, handle: Tensor, ids: Tensor, weights: Tensor | None) -> Tensor:
@@ -150,7 +179,8 @@ class AttachedNF4(AttachedLinear):
             y: Tensor = layer.with_deltas(input)
             return y
         fused = super().deltas(input, rows)[:1]
-        return self.add(layer.with_deltas(input, *(fused[0] if fused else ())), input, rows)
+        y = layer.with_deltas(input, *(fused[0] if fused else ()))
+        return self.with_adapters(y, input, rows)
 
     def deltas(self, x: Tensor, rows: Rows) -> list[Delta]:
         """Those that forward has not added yet."""
@@ -178,38 +208,48 @@ class AttachedEmbedding(AttachedLayer):
     def add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
         path = self._lora.path
         for part in rows.all_parts:
-            if path in part.placed.embeddings:
-                y = add_part(y, self._delta(x, part, rows), part, rows, path, x.shape[0])
+            factors = part.placed.weights.factors.get(path)
+            if factors is not None:
+                y = add_part(y, self._delta(x, part, factors, rows), part, rows, path)
         return y
 
-    def _delta(self, tokens: Tensor, part: Part, rows: Rows) -> Tensor:
-        A, B, scaling = part.placed.embeddings[self._lora.path]
+    def _delta(self, tokens: Tensor, part: Part, factors: Factors, rows: Rows) -> Tensor:
         elements = rows.elements(part, self._lora.path, tokens.shape[0])
         tokens = tokens if elements is None else tokens[elements]
         base: Any = self
         h = F.embedding(
-            tokens, A.t(), base.padding_idx, base.max_norm, base.norm_type,
+            tokens, factors.A.t(), base.padding_idx, base.max_norm, base.norm_type,
             base.scale_grad_by_freq, base.sparse,
         )  # fmt: skip
-        delta = (h @ B.t()) * scaling
+        delta = (h @ factors.B.t()) * factors.scaling
         scale = getattr(base, "embed_scale", None)  # of layers that scale what they look up
         return delta if scale is None else delta * scale.to(delta.dtype)
 
 
-def add_part(y: Tensor, delta: Tensor, part: Part, rows: Rows, path: str, batch: int) -> Tensor:
+class AttachedNorm(AttachedLayer):
+    """nn.LayerNorm, of which an adapter may hold the bias."""
+
+    BASE = torch.nn.LayerNorm
+
+
+def add_part(y: Tensor, delta: Tensor, part: Part, rows: Rows, path: str) -> Tensor:
     """y + the weighted delta of one adapter's elements; the others keep their bits."""
+    batch = y.shape[0]
     weights = rows.weights_of(part, path, batch, delta.ndim)
     if weights is not None:
         delta = delta * weights.to(delta.dtype)
     elements = rows.elements(part, path, batch)
     if elements is None:
         return y + delta
+    delta = delta.expand(len(elements), *y.shape[1:])
+    y = y.to(torch.promote_types(y.dtype, delta.dtype))
     return y.index_add(0, elements, delta.to(y.dtype))
 
 
 def kinds() -> tuple[type[AttachedLayer], ...]:
     """The kinds of base layer, the most special first."""
-    found: list[type[AttachedLayer]] = [AttachedNF4, AttachedEmbedding, AttachedLinear]
+    found: list[type[AttachedLayer]]
+    found = [AttachedNF4, AttachedEmbedding, AttachedLinear, AttachedNorm]
     # Who has a layer of these has imported them.
     if (conv1d := sys.modules.get("transformers.pytorch_utils")) is not None:
         AttachedConv1D.BASE = conv1d.Conv1D

@@ -107,7 +107,19 @@ class Model:
             self._check_layer(name, paths[key], AttachedLinear, weights)
         for key, weights in adapter.embeddings.items():
             self._check_layer(name, paths[key], AttachedEmbedding, weights)
+        if adapter.modules_to_save:
+            raise ValueError(
+                f"{self.op}: {name}: expected an adapter of deltas and biases, got one that also"
+                f" replaces {_some(adapter.modules_to_save)} (modules_to_save)"
+            )
         for key, bias in adapter.biases.items():
+            kind = kind_of(self.modules[paths[key]])
+            if kind is None or issubclass(kind, AttachedEmbedding):
+                got = type(self.modules[paths[key]]).__name__
+                raise TypeError(
+                    f"{self.op}: {name}: {paths[key]}: bias: expected a linear layer or LayerNorm,"
+                    f" got {got}"
+                )
             own = getattr(self.modules[paths[key]], "bias", None)
             if own is None or tuple(own.shape) != bias.shape:
                 got = "none" if own is None else f"{list(own.shape)}"

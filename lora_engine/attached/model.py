@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,8 @@ class AttachedModel:
         handle: Attached = self._lora_model
         local = handle.calls.local
         before = getattr(local, "rows", False)
-        if adapter_names is not None:
+        if adapter_names is not None or before is False:
             local.rows = rows_of_call(handle, adapter_names, args, kwargs)
-        elif before is False:
-            local.rows = rows_by_default(handle)
         try:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         finally:
@@ -50,11 +49,6 @@ def rows_of_call(handle: Attached, names: Any, args: Any, kwargs: Any) -> Rows |
     return handle.rows_of(names, batch_of(args, kwargs))
 
 
-@_eager  # type: ignore[untyped-decorator]
-def rows_by_default(handle: Attached) -> Rows | None:
-    return handle.rows_by_default()
-
-
 class AttachedGenerator(AttachedModel):
     """The same of a model that generates."""
 
@@ -67,6 +61,39 @@ class AttachedGenerator(AttachedModel):
             rows = handle.rows_of(adapter_names, batch_of(args, kwargs), repeats(self, kwargs))
         with handle.calls.within(rows):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+class AttachedCheckpoint:
+    """In front of transformers' layers that may be checkpointed.
+
+    What they ran with goes along with their arguments, as they are computed again when the call
+    is long over.
+    """
+
+    _lora_calls: Any
+    gradient_checkpointing: bool
+    training: bool
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Not the layer's, which is for classes that people write."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.gradient_checkpointing and self.training:
+            kwargs["_lora_rows"] = self._lora_calls.rows()
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, *args: Any, _lora_rows: Any = False, **kwargs: Any) -> Any:
+        if _lora_rows is False:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with self._lora_calls.within(_lora_rows):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def checkpointed(model: torch.nn.Module) -> list[Any]:
+    """The layers of a model that transformers may checkpoint."""
+    layers = sys.modules.get("transformers.modeling_layers")
+    kind = getattr(layers, "GradientCheckpointingLayer", ())
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

@@ -6,13 +6,16 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from lora_engine.adapters.adapter import Adapter, LoraWeights
 from lora_engine.adapters.pool import AdapterPool
+from lora_engine.attached.weights import Biases, Factors, Weights
 
 Tensor = torch.Tensor
 _FIRST = 64  # numbers that a table has room for at first; it doubles
@@ -52,20 +55,99 @@ class Placement:
 class Placed:
     """An adapter in an attached model: its number, and what each layer has of it.
 
-    biases: by path, what is added to the layer's own bias. embeddings: by path, (A [r, rows],
-    B [dim, r], scaling). When nobody holds it, neither the handle nor a call that began with it,
-    its number and its slots are free again.
+    slots: by path, where its factors are. weights: the same, and what is in no pool, as torch
+    tensors. When nobody holds it, neither the handle nor a call that began with it, its number
+    and its slots are free again.
     """
 
-    def __init__(self, adapter: Adapter, number: int, paths: Mapping[str, str]) -> None:
-        self.number = number
-        self.peft_config = adapter.peft_config
-        self.dtype = adapter.dtype
-        self.paths = paths  # the model's path of each of the adapter's
-        self.scalings = {paths[key]: w.scaling for key, w in adapter.modules.items()}
-        self.biases: dict[str, Tensor] = {}
-        self.embeddings: dict[str, tuple[Tensor, Tensor, float]] = {}
+    def __init__(
+        self,
+        adapter: Adapter,
+        number: int,
+        paths: Mapping[str, str],
+        device: Callable[[str], torch.device],
+    ) -> None:
+        self.number, self.adapter, self.paths = number, _outline(adapter), paths
         self.dropout = float(adapter.peft_config.get("lora_dropout") or 0.0)
+        self.slots: dict[str, tuple[AdapterPool, int]] = {}
+        self.weights = Weights()
+        self._viewed = False
+        for key, w in adapter.embeddings.items():
+            A, B = (_tensor(f, device(paths[key])) for f in (w.A, w.B))
+            self.weights.factors[paths[key]] = Factors(A, B, w.scaling)
+        own = {paths[key]: bias for key, bias in adapter.biases.items()}
+        lora = {paths[key]: w for key, w in adapter.modules.items() if w.bias_delta is not None}
+        lora_biases = {  # lora_B's, as training steps them
+            paths[key]: adapter.lora_biases.get(key, w.bias_delta / np.float32(w.scaling))
+            for key, w in adapter.modules.items()
+            if w.bias_delta is not None
+        }
+        for path in dict.fromkeys([*own, *lora]):
+            to = device(path)
+            whole = _tensor(own[path], to) if path in own else None
+            part = _tensor(lora_biases[path], to) if path in lora else None
+            scaling = lora[path].scaling if path in lora else 1.0
+            self.weights.biases[path] = Biases(whole, part, scaling)
+
+    @property
+    def trained(self) -> bool:
+        return self.weights.trained
+
+    def view(self) -> Weights:
+        """All weights as tensors, those in pools as views of their slots (copies of them, where
+        the pool is not of the C++ core: they are not trained)."""
+        if not self._viewed:
+            for path, (pool, slot) in self.slots.items():
+                try:
+                    A, B = pool.view(slot)
+                except TypeError:
+                    A, B = (torch.from_numpy(np.array(f)) for f in pool.get(slot)[:2])
+                scaling = pool.get(slot)[2]
+                self.weights.factors[path] = Factors(A, B, scaling)
+            self._viewed = True
+        return self.weights
+
+    def now(self) -> Adapter:
+        """The adapter with its weights of now."""
+        modules, embeddings, biases, lora_biases = {}, {}, {}, {}
+        for key, w in self.adapter.modules.items():
+            A, B, _ = self.slots[self.paths[key]][0].get(self.slots[self.paths[key]][1])
+            bias = self.weights.biases.get(self.paths[key])
+            if bias is None or bias.lora is None:
+                modules[key] = w._replace(A=A, B=B)
+            else:
+                lora_biases[key] = _array(bias.lora)
+                modules[key] = LoraWeights(A, B, w.scaling, lora_biases[key] * w.scaling)
+        for key, w in self.adapter.embeddings.items():
+            factors = self.weights.factors[self.paths[key]]
+            embeddings[key] = w._replace(A=_array(factors.A), B=_array(factors.B))
+        for key in self.adapter.biases:
+            own = self.weights.biases[self.paths[key]].own
+            assert own is not None
+            biases[key] = _array(own)
+        return replace(
+            self.adapter, modules=modules, embeddings=embeddings, biases=biases,
+            lora_biases=lora_biases,
+        )  # fmt: skip
+
+
+def _outline(adapter: Adapter) -> Adapter:
+    """The adapter without what is kept elsewhere."""
+    none = np.zeros((0, 0), np.float32)
+    return replace(
+        adapter,
+        modules={k: LoraWeights(none, none, w.scaling) for k, w in adapter.modules.items()},
+        embeddings={k: LoraWeights(none, none, w.scaling) for k, w in adapter.embeddings.items()},
+        biases=dict.fromkeys(adapter.biases, none),
+    )
+
+
+def _tensor(array: Any, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.array(array, np.float32)).to(device)
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().float().cpu().numpy().copy()
 
 
 class Shelf:
@@ -98,18 +180,20 @@ class Shelf:
         self,
         adapter: Adapter,
         paths: Mapping[str, str],
-        slots: Iterable[tuple[Placement, LoraWeights]],
+        slots: Iterable[tuple[str, Placement, LoraWeights]],
+        device: Callable[[str], torch.device],
     ) -> Placed:
         """Copies an adapter's factors in; all of them, or none."""
         self.sweep()
         number = self._free.popleft() if self._free else self._next
         self._next = max(self._next, number + 1)
-        placed = Placed(adapter, number, paths)
+        placed = Placed(adapter, number, paths, device)
         done: list[Placement] = []
         weakref.finalize(placed, self.dropped.append, (number, done)).atexit = False
-        for placement, weights in slots:
+        for path, placement, weights in slots:
             slot = placement.pool.add(weights.A, weights.B, weights.scaling)
             placement.put(number, slot)
+            placed.slots[path] = placement.pool, slot
             done.append(placement)
         return placed
 

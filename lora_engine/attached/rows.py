@@ -63,7 +63,7 @@ class Rows:
 
     def __init__(
         self,
-        mixtures: Sequence[list[tuple[Placed, float]]],
+        mixtures: Sequence[Sequence[tuple[Placed, float]]],
         uniform: bool,
         device: torch.device,
         by_torch: frozenset[Placed],
@@ -98,7 +98,7 @@ class Rows:
             )
         self.all_parts = tuple(parts)
         self.torch_parts = tuple(part for part in parts if part.placed in by_torch)
-        self.bias_parts = tuple(part for part in parts if part.placed.biases)
+        self.bias_parts = tuple(part for part in parts if part.placed.weights.biases)
         self._spread: dict[Placement, tuple[int, int, Tensor | None, Tensor | None]] = {}
 
     def runs(self, path: str, batch: int) -> int:
@@ -169,17 +169,31 @@ class Rows:
         return weights.view(-1, *(1,) * (ndim - 1))
 
 
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 class Calls:
     """What the layers of one attached model look up: this thread's call, else the default."""
 
     def __init__(self) -> None:
         self.local = threading.local()  # .rows: while a call of this thread runs
-        self.default: Rows | None = None
+        self.recorded = False  # whether a call with names was under autograd
+        self.default: Rows | None = None  # for layers that are called by themselves
 
     def rows(self) -> Rows | None:
+        """Of a layer's call, None for the base alone."""
         rows: Any = getattr(self.local, "rows", False)
-        found: Rows | None = self.default if rows is False else rows
-        return found
+        if rows is not False:
+            found: Rows | None = rows
+            return found
+        if self.recorded and not torch.compiler.is_compiling() and _in_backward():
+            raise RuntimeError(
+                "adapter_names: backward: expected layers that transformers checkpoints, got"
+                " one that is computed again by a checkpoint of another kind, which does not keep"
+                " the names of the call: use set_adapter"
+            )
+        return self.default
 
     @contextlib.contextmanager
     def within(self, rows: Rows | None) -> Iterator[None]:

@@ -74,8 +74,7 @@ def rollback(m: Module) -> bool:
             return False
         (before, m.fisher, m.samples), m.previous = m.previous, None
         now, m.served = m.served, before._replace(fast=m.served.fast)
-        for slot in {*now.shared()} - {*before.shared()}:
-            m.pool.remove(slot)
+        m.pool.remove_all({*now.shared()} - {*before.shared()})
         _fold(m)
     return True
 
@@ -102,9 +101,7 @@ def _fold(m: Module) -> None:
     both = frozen.keys() & fast.keys()
     joined = {session: _joined(m, frozen[session], fast[session]) for session in both}
     m.served = m.served._replace(fast={**frozen, **fast, **joined}, frozen={})
-    for session in both:
-        m.pool.remove(frozen[session].slot)
-        m.pool.remove(fast[session].slot)
+    m.pool.remove_all([part[session].slot for session in both for part in (frozen, fast)])
 
 
 def _joined(m: Module, older: Fast, newer: Fast) -> Fast:
@@ -113,10 +110,12 @@ def _joined(m: Module, older: Fast, newer: Fast) -> Fast:
     A, B = np.concatenate([A, more_A]), np.concatenate([B, more_B], axis=1)
     if len(A) > JOINED_RANKS * m.rank:
         A, B = _low_rank_sum(m, older.slot, [newer.slot], [1.0])
-    made = Fast(m.pool.add(A, B, m.scaling), m.in_features, m.out_features, newer.baseline)
+    made = Fast(m.pool.add(A, B, m.scaling), m.in_features, newer.baseline)
     m.hold(made.slot, A)
-    for name in ("u", "v", "inputs"):
-        np.add(getattr(older, name), getattr(newer, name), out=getattr(made, name))
+    m.sums.begin(made.slot)
+    for rows in m.sums:
+        np.add(rows[older.slot], rows[newer.slot], out=rows[made.slot])
+    np.add(older.inputs, newer.inputs, out=made.inputs)
     made.quality = older.quality + newer.quality
     made.pending = older.pending + newer.pending
     return made
@@ -126,32 +125,23 @@ def _merged(m: Module, config: SonaConfig, served: Served, fast: list[Fast]) -> 
     """What would be served with the fast adapters merged, in slots of its own."""
     if config.consolidation == "ensemble":
         return _ensemble(m, config, served, fast)
-    u, v = _mean_factors(m, served.consolidated, fast)
+    samples = np.array([adapter.pending for adapter in fast], np.float64)
+    slots = [adapter.slot for adapter in fast]
+    u, v = m.sums.means(slots, samples, served.consolidated)
+    if m.fisher is not None:
+        u[served.consolidated], v[served.consolidated] = m.fisher
     done = consolidation.consolidate(
         m.pool,
         served.consolidated,
-        [adapter.slot for adapter in fast],
+        slots,
         config.consolidation,
-        quality=[adapter.quality / adapter.pending for adapter in fast],
-        samples=[adapter.pending for adapter in fast],
+        quality=np.array([adapter.quality for adapter in fast]) / samples,
+        samples=samples,
         base_samples=m.samples,
         u=u,
         v=v,
     )
     return Served(m.pool.add(done.A, done.B, done.scaling), {}, {}, served.members)
-
-
-def _mean_factors(m: Module, base: int, fast: list[Fast]) -> tuple[Array, Array]:
-    """u [slots, out] and v [slots, in]: a row of each slot that is merged."""
-    slots = 1 + max(base, *(adapter.slot for adapter in fast))
-    u = np.zeros((slots, m.out_features), np.float32)
-    v = np.zeros((slots, m.in_features), np.float32)
-    if m.fisher is not None:
-        u[base], v[base] = m.fisher
-    for adapter in fast:
-        np.divide(adapter.u, adapter.pending, out=u[adapter.slot])
-        np.divide(adapter.v, adapter.pending, out=v[adapter.slot])
-    return u, v
 
 
 def _low_rank_sum(
@@ -198,22 +188,21 @@ def _gain(m: Module, before: Served, after: Served) -> float:
 def _serve(m: Module, after: Served, fast: list[Fast]) -> None:
     """Swaps the result in; what was served before stays for a rollback."""
     n = sum(adapter.pending for adapter in fast)
-    u = np.sum([adapter.u for adapter in fast], 0) / n
-    v = np.sum([adapter.v for adapter in fast], 0) / n
+    u, v = ((total / n).astype(np.float32) for total in m.sums.over([one.slot for one in fast]))
+    forgotten = m.forgotten()
     with m.lock:
         now = m.served
-        m.forget()
         unmerged = {s: adapter for s, adapter in now.frozen.items() if not adapter.pending}
         merged = {s: adapter for s, adapter in now.frozen.items() if adapter.pending}
         m.previous = (now._replace(fast={}, frozen=merged), m.fisher, m.samples)
         m.served = after._replace(fast=now.fast, frozen=unmerged)
         m.take_fisher(u, v, n, after.consolidated)
         _fold(m)
+    m.pool.remove_all(forgotten)
 
 
 def _drop(m: Module, after: Served, before: Served) -> None:
-    for slot in {*after.slots()} - {*before.slots()}:
-        m.pool.remove(slot)
+    m.pool.remove_all({*after.slots()} - {*before.slots()})
 
 
 class Repeater:

@@ -18,6 +18,7 @@ from lora_engine.adapters.exploration import Baseline
 from lora_engine.adapters.pool import AdapterPool
 from lora_engine.learning import consolidation
 from lora_engine.learning.ewc import EWC
+from lora_engine.learning.factor_sums import FactorSums
 from lora_engine.learning.fisher_merge import merge_factors
 from lora_engine.learning.sona_config import SonaConfig
 
@@ -27,13 +28,11 @@ Array = np.ndarray
 class Fast:
     """A session's adapter, and what was seen of the samples that taught it."""
 
-    __slots__ = ("baseline", "inputs", "pending", "quality", "slot", "u", "v")
+    __slots__ = ("baseline", "inputs", "pending", "quality", "slot")
 
-    def __init__(self, slot: int, in_features: int, out_features: int, baseline: Baseline) -> None:
+    def __init__(self, slot: int, in_features: int, baseline: Baseline) -> None:
         self.slot = slot
         self.baseline = baseline
-        self.u = np.zeros(out_features, np.float32)  # sum of grad²
-        self.v = np.zeros(in_features, np.float32)  # sum of x²
         self.inputs = np.zeros(in_features, np.float32)  # sum of x, where it is asked for
         self.quality = 0.0  # sum over samples
         self.pending = 0  # samples that no consolidation has seen
@@ -119,6 +118,7 @@ class Module:
         self.B = np.zeros((self.out_features, self.rank), np.float32)
         self.fisher: tuple[Array, Array] | None = None  # u* [out], v* [in], means over samples
         self.samples = 0.0  # that it stands for, gamma of them kept at each consolidation
+        self.sums = FactorSums(self.in_features, self.out_features)  # of waiting samples, by slot
         self.held_out = HeldOut(config.held_out, self.in_features, self.out_features)
         self.served = Served(self.pool.add(self.A, self.B, self.scaling), {}, {})
         self.baselines: dict[Hashable, Baseline] = {}
@@ -169,8 +169,9 @@ class Module:
         if fast is None:
             baseline = self.baselines.setdefault(session, Baseline())
             slot = self.pool.add(self.A, self.B, self.scaling)
+            self.sums.begin(slot)
             self.hold(slot, self.A)
-            fast = Fast(slot, self.in_features, self.out_features, baseline)
+            fast = Fast(slot, self.in_features, baseline)
             self.served.fast[session] = fast
         return fast
 
@@ -193,23 +194,29 @@ class Module:
 
     def adapt(self, x: Any, grad: Any, fast: Fast, step: Any, observe: bool) -> tuple[int, float]:
         """A step of a session's adapter; observe: the sample counts for the next merge."""
-        outcome, norm = self.storage.adapt_slot(x, grad, fast.slot, step)
-        if outcome == ops.APPLIED and observe:
-            backend = self.pool._backend
-            if _rows(x) == 1:  # the same sums, in a sixth of the time of the op for batches
-                backend.fisher_accumulate(fast.u, grad.reshape(-1), 1.0, 1.0)
-                backend.fisher_accumulate(fast.v, x.reshape(-1), 1.0, 1.0)
-            else:
-                backend.lora_fisher_factors(x, grad, (fast.u, fast.v))
-        return outcome, norm
+        if not observe:
+            outcome: tuple[int, float] = self.storage.adapt_slot(x, grad, fast.slot, step)
+        elif hasattr(self.storage, "adapt_slot_observed"):
+            u, v = self.sums.u, self.sums.v
+            outcome = self.storage.adapt_slot_observed(x, grad, fast.slot, step, u, v)
+        else:
+            outcome = self.storage.adapt_slot(x, grad, fast.slot, step)
+            if outcome[0] == ops.APPLIED:
+                row = self.sums.u[fast.slot], self.sums.v[fast.slot]
+                self.pool._backend.lora_fisher_factors(x, grad, row)
+        return outcome
+
+    def forgotten(self) -> list[int]:
+        """Slots that were kept for a rollback alone; whoever takes them removes them."""
+        if self.previous is None:
+            return []
+        slots = {*self.previous[0].slots()} - {*self.served.slots()}
+        self.previous = None
+        return sorted(slots)
 
     def forget(self) -> None:
         """Frees what was kept for a rollback; the lock is held."""
-        if self.previous is None:
-            return
-        for slot in {*self.previous[0].slots()} - {*self.served.slots()}:
-            self.pool.remove(slot)
-        self.previous = None
+        self.pool.remove_all(self.forgotten())
 
 
 def _rows(x: Any) -> int:

@@ -90,6 +90,7 @@ def _record(m: Module, slot: int) -> tuple[Array, Array, Array] | None:
 def _module_tensors(m: Module) -> tuple[Tensors, State]:
     """The tensors of a module, and its sessions' names; the lock is held."""
     fast = m.served.fast
+    slots = np.array([one.slot for one in fast.values()], np.int64)
     records = [_record(m, one.slot) for one in fast.values()]
     there = [record for record in records if record is not None]
     rated = {s: b.value for s, b in m.baselines.items() if b.value is not None}
@@ -97,8 +98,8 @@ def _module_tensors(m: Module) -> tuple[Tensors, State]:
     tensors = {
         **_adapters(m, [one.slot for one in fast.values()], "fast"),
         **_adapters(m, [member.slot for member in m.served.members], "member"),
-        "u": _stacked([one.u for one in fast.values()], m.out_features),
-        "v": _stacked([one.v for one in fast.values()], m.in_features),
+        "u": m.sums.u[slots],
+        "v": m.sums.v[slots],
         "inputs": _stacked([one.inputs for one in fast.values()], m.in_features),
         "quality": np.array([one.quality for one in fast.values()], np.float64),
         "pending": np.array([one.pending for one in fast.values()], np.int64),
@@ -336,8 +337,7 @@ def _restore(m: Module, A: Array, B: Array, kept: _Kept | None) -> None:
         if kept is not None:
             served = _restored(m, served, kept)
         m.served = served
-        for slot in old.slots():
-            m.pool.remove(slot)
+        m.pool.remove_all(old.slots())
 
 
 def _restored(m: Module, served: Served, kept: _Kept) -> Served:
@@ -360,9 +360,10 @@ def _restored(m: Module, served: Served, kept: _Kept) -> Served:
     factors = iter(zip(t["held_u"], t["held_v"], strict=True))
     for i, (session, (A, B)) in enumerate(zip(names["fast"], _factors(t, "fast"), strict=True)):
         baseline = m.baselines.setdefault(session, Baseline())
-        fast = Fast(m.pool.add(A, B, m.scaling), m.in_features, m.out_features, baseline)
-        for field in ("u", "v", "inputs"):
-            getattr(fast, field)[:] = t[field][i]
+        fast = Fast(m.pool.add(A, B, m.scaling), m.in_features, baseline)
+        m.sums.begin(fast.slot)
+        m.sums.u[fast.slot], m.sums.v[fast.slot] = t["u"][i], t["v"][i]
+        fast.inputs[:] = t["inputs"][i]
         fast.quality, fast.pending = float(t["quality"][i]), int(t["pending"][i])
         if t["held"][i]:
             (u, v), anchor = next(factors), next(anchors)

@@ -1,0 +1,88 @@
+"""An adapter's weights as torch has them: for training, dropout, biases and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+
+
+class Factors:
+    """Of one layer: A [r, in], B [out, r], views of the pool's own memory for a linear layer, and
+    scaling. For an embedding A [r, rows], B [dim, r]."""
+
+    def __init__(self, A: Tensor, B: Tensor, scaling: float) -> None:
+        self.A, self.B, self.scaling = A, B, scaling
+
+    def delta(self) -> Tensor:
+        """scaling B A, float32."""
+        return (self.B.detach().float() @ self.A.detach().float()) * self.scaling
+
+
+class Biases:
+    """Of one layer: ``own`` stands in for the base's bias (PEFT's bias="lora_only" or "all");
+    ``lora`` is lora_B's bias, times scaling."""
+
+    def __init__(self, own: Tensor | None, lora: Tensor | None, scaling: float) -> None:
+        self.own, self.lora, self.scaling = own, lora, scaling
+
+    def delta(self, base: Tensor | None) -> Tensor:
+        """What is added to the output of a layer with this bias."""
+        total = None if self.lora is None else self.lora * self.scaling
+        if self.own is None:
+            assert total is not None
+            return total
+        assert base is not None  # as checked when it was attached
+        change = self.own - base.detach()
+        return change if total is None else change + total
+
+
+class Trained(torch.nn.Module):
+    """Parameters of adapters, by the adapter's name, as a child of the layer that they are for.
+
+    A model's parameters() and zero_grad() see them, so an optimiser or a Trainer of the model
+    does; its state_dict stays the base's. They stay where the pool is, whatever the model is
+    moved to.
+    """
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        return {} if destination is None else destination
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Trained:
+        return self
+
+
+class Weights:
+    """All of one adapter's, by the layer's path; ``trained``: they are Parameters."""
+
+    def __init__(self) -> None:
+        self.factors: dict[str, Factors] = {}
+        self.biases: dict[str, Biases] = {}
+        self.trained = False
+
+    def all(self) -> Iterator[tuple[str, str, Any, str]]:
+        """(path, PEFT's name, what holds it, attribute) of each tensor."""
+        for path, factors in self.factors.items():
+            yield path, "lora_A", factors, "A"
+            yield path, "lora_B", factors, "B"
+        for path, biases in self.biases.items():
+            if biases.lora is not None:
+                yield path, "lora_bias", biases, "lora"
+            if biases.own is not None:
+                yield path, "bias_of", biases, "own"
+
+    def train(self) -> None:
+        """Makes Parameters of all tensors, where they lie."""
+        for _, _, holder, attribute in self.all():
+            setattr(holder, attribute, torch.nn.Parameter(getattr(holder, attribute)))
+        self.trained = True
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The Parameters, layer by layer."""
+        return [getattr(holder, attribute) for _, _, holder, attribute in self.all()]

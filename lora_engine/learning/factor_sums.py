@@ -1,0 +1,56 @@
+"""Sums of Fisher factors, a row a slot: over samples, of grad² and x² (lora_fisher_factors)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+_ROWS = 64  # that are added up at a time: they stay in the cache
+
+
+class FactorSums:
+    """u [slots, out] and v [slots, in], float32.
+
+    They are replaced when they grow: who reads rows while others begin keeps the arrays.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        self.u: F32 = np.zeros((1, out_features), np.float32)
+        self.v: F32 = np.zeros((1, in_features), np.float32)
+
+    def begin(self, slot: int) -> None:
+        """The slot's sums start at 0."""
+        if slot >= len(self.u):
+            self.u, self.v = (_grown(rows, max(2 * len(rows), slot + 1)) for rows in self)
+        self.u[slot] = 0.0
+        self.v[slot] = 0.0
+
+    def __iter__(self) -> Any:
+        return iter((self.u, self.v))
+
+    def means(self, slots: Sequence[int], samples: NDArray[np.float64], last: int) -> list[F32]:
+        """New u and v, with rows up to ``last`` at least, whose rows of slots are over samples:
+        two divisions, without the GIL."""
+        count = np.ones((len(self.u), 1), np.float32)
+        count[slots, 0] = samples
+        return [_grown(rows / count, max(last + 1, len(rows))) for rows in self]
+
+    def over(self, slots: Sequence[int]) -> list[NDArray[np.float64]]:
+        """The sums over slots: [out] and [in]."""
+        totals = [np.zeros(rows.shape[1]) for rows in self]
+        for at in range(0, len(slots), _ROWS):
+            for rows, total in zip(self, totals, strict=True):
+                total += np.take(rows, slots[at : at + _ROWS], axis=0).sum(0)
+        return totals
+
+
+def _grown(rows: F32, count: int) -> F32:
+    if count == len(rows):
+        return rows
+    larger = np.zeros((count, rows.shape[1]), np.float32)
+    larger[: len(rows)] = rows
+    return larger
