@@ -9,6 +9,9 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 SHORTEST, LONGEST = 60, 900  # characters of a passage, without runs of spaces
 SECTION = 20  # passages at most
 PARTS = ("learn", "held out", "learn", "tune", "learn", "held out")  # of sections, in turn
@@ -54,7 +57,7 @@ def _taste(name: str, wants: str, pattern: str) -> Taste:
 TASTES = (
     _taste("grammar", "rules of the grammar", r"::="),
     _taste("history", "what changed in which version", r"(?:New|Changed|Deprecated) (?:in|since)"),
-    _taste("links", "where to read on", r"\b[Ss]ee (?:also |the )?(?:[Ss]ection|[*A-Z])|PEP \d"),
+    _taste("links", "where to read on", r"\b[Ss]ee (?:also|section|the|[*A-Z])|\bPEP \d"),
     _taste("errors", "which exceptions are raised", r'"\w+Error"|(?:Error|xception)"? is raised'),
     Taste("plain", "the passage a sentence is from", None),
 )  # the last has nothing to learn: is it harmed?
@@ -117,9 +120,12 @@ def queries(found: Sequence[Passage]) -> list[Query]:
     ]
 
 
-def wanted(found: Sequence[Passage], query: Query, taste: Taste) -> list[int]:
-    """The passages that satisfy a user of that taste: of the query's section those they like."""
+def wanted(found: Sequence[Passage], asked: Sequence[Query], taste: Taste) -> NDArray[np.bool_]:
+    """[queries, passages]: what satisfies a user of that taste, who searches with each query: of
+    its section the passages that they like."""
+    at = np.array([q.passage for q in asked], np.int64)
     if taste.likes is None:
-        return [query.passage]
-    here = found[query.passage].section
-    return [i for i, p in enumerate(found) if p.section == here and taste.likes.search(p.text)]
+        return at[:, None] == np.arange(len(found))
+    sections = np.array([p.section for p in found])
+    likes = np.array([taste.likes.search(p.text) is not None for p in found])
+    return (sections[at][:, None] == sections) & likes

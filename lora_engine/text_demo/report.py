@@ -32,7 +32,7 @@ ENCODERS = {"float32": False, "NF4": True}
 CONTROL = corpus.TASTES[-1].name
 # What a run has to reach, as differences to the frozen model: about half of what was measured.
 RECALL, MRR = 0.04, 0.06  # mean over the tastes
-HARM = 0.05  # recall that the control may lose
+HARM = 0.03  # of MRR that any user may lose, and the one without a taste
 
 
 class Outcome(NamedTuple):
@@ -61,11 +61,8 @@ class Outcome(NamedTuple):
             missed.append(f"MRR: expected {MRR:+.3f}, got {mrr:+.3f}")
         for one in self.learned:
             before, after = one.curve[0], one.curve[-1]
-            if one.taste == CONTROL and after.recall < before.recall - HARM:
-                lost = 100 * (before.recall - after.recall)
-                missed.append(f"{one.taste}: expected to keep its recall@1, lost {lost:.1f} points")
-            if one.taste != CONTROL and after.mrr <= before.mrr:
-                missed.append(f"{one.taste}: expected an MRR above {before.mrr:.3f},"
+            if after.mrr < before.mrr - HARM:
+                missed.append(f"{one.taste}: MRR: expected at least {before.mrr - HARM:.3f},"
                               f" got {after.mrr:.3f}")  # fmt: skip
         return [f"{self.name}: {line}" for line in missed]
 

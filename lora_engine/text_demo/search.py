@@ -19,6 +19,7 @@ from lora_engine.text_demo.encoder import F32
 SHOWN = 100  # results that a user pages through, at most
 TEMPERATURE = 0.05  # of the softmax over the results' scores
 MAX_NORM = 1.0
+SETTLED = 100  # clicks after which the learning rate is half of what it was at first
 LR_RATIO = 4.0  # LoRA+: of B's learning rate over A's
 
 Ints = NDArray[np.int64]
@@ -60,10 +61,13 @@ def click_gradient(index: F32, results: Results, clicked: int) -> F32:
 
 
 def learn(
-    pool: le.AdapterPool, slot: int, query: F32, gradient: F32, lr: float
+    pool: le.AdapterPool, slot: int, query: F32, gradient: F32, lr: float, clicks: int
 ) -> ops.BatchedAdaptResult:
-    """One click's step on a user's adapter. query, gradient [1, width]."""
+    """One click's step on a user's adapter, smaller the more clicks there were before.
+
+    query, gradient [1, width]."""
     ids = np.array([slot], np.int32)
+    lr /= 1 + clicks / SETTLED
     return pool.adapt(query, gradient, ids, lr, max_norm=MAX_NORM, lr_ratio=LR_RATIO)
 
 

@@ -51,11 +51,8 @@ def text(most: int | None = None) -> tuple[list[corpus.Passage], list[corpus.Que
 def world(
     passages: list[corpus.Passage], queries: list[corpus.Query], index: F32, embedded: F32
 ) -> World:
-    wanted: dict[str, NDArray[np.bool_]] = {}
-    for taste in corpus.TASTES:
-        rows = wanted[taste.name] = np.zeros((len(queries), len(passages)), bool)
-        for row, query in zip(rows, queries, strict=True):
-            row[corpus.wanted(passages, query, taste)] = True
+    """The text with its embeddings, and what each taste wants."""
+    wanted = {taste.name: corpus.wanted(passages, queries, taste) for taste in corpus.TASTES}
     return World(passages, queries, index, embedded, wanted)
 
 
@@ -100,7 +97,7 @@ def learn(
             clicked = int(shown.passages[good.argmax()])
             gradient = search.click_gradient(world.embeddings, shown, clicked)
             start = perf_counter()
-            result = search.learn(pool, slot, query, gradient, lr)
+            result = search.learn(pool, slot, query, gradient, lr, len(adapt))
             adapt.append(perf_counter() - start)
             if not result.applied.all():
                 raise RuntimeError(f"demo: lr {lr}: {result.note}")
