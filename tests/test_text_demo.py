@@ -104,12 +104,14 @@ def test_the_encoder_is_the_models_own(minilm):
     assert sum(told) == len(SENTENCES)
 
 
-def test_a_taste_is_learned_on_minilm_in_nf4(minilm):
-    from lora_engine.text_demo.encoder import Encoder
+def test_a_taste_is_learned_on_minilm_in_nf4(minilm, monkeypatch):
+    from lora_engine.text_demo import encoder as module
 
-    encoder = Encoder(nf4=True)
+    monkeypatch.setattr(module, "TOKENS", 32)  # quicker
+    monkeypatch.setattr(users, "PASSES", 6)
+    encoder = module.Encoder(nf4=True)
     assert isinstance(encoder.model.encoder.layer[0].attention.self.query, le.NF4Linear)
-    small = users.encoded(encoder, 200, lambda _: None)
+    small = users.encoded(encoder, 150, lambda _: None)
     learned = users.learn(small, "grammar", users.new_pool(encoder.width), 0, 0.1)
     assert learned.curve[-1].mrr > learned.curve[0].mrr + 0.05, learned.curve
 

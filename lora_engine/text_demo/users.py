@@ -86,7 +86,9 @@ def learn(
     order = np.concatenate([rng.permutation(at) for _ in range(PASSES)])
     ends = {round(len(order) * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)}
     found = world.ranks(taste, part, pool, -1)
-    clicks, curve, adapt, searching = [0], [Quality.of(found)], [], []
+    clicks, curve = [0], [Quality.of(found)]
+    adapt: list[float] = []
+    searching: list[float] = []
     for turn, q in enumerate(order, 1):
         query = world.embedded[q : q + 1]
         start = perf_counter()
