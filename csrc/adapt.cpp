@@ -12,7 +12,7 @@ namespace le {
 namespace {
 
 GradientBuffers &buffers() {
-  static thread_local GradientBuffers b;
+  LE_PER_THREAD(GradientBuffers, b);
   return b;
 }
 
@@ -219,10 +219,10 @@ void pool_adapt(AdapterPool &pool, const le_array *x, const le_array *grad, cons
   const char *op = "batched_adapt";
   Samples all = checked_samples(op, pool, x, grad);
   check_step(op, pool, step, ewc);
-  static thread_local Batch batch_memory;
-  static thread_local Scratch<int64_t> start_memory;
-  static thread_local Scratch<uint8_t> outcome_memory;
-  static thread_local Scratch<uint32_t> owner_memory;
+  LE_PER_THREAD(Batch, batch_memory);
+  LE_PER_THREAD(Scratch<int64_t>, start_memory);
+  LE_PER_THREAD(Scratch<uint8_t>, outcome_memory);
+  LE_PER_THREAD(Scratch<uint32_t>, owner_memory);
   Batch &batch = batch_memory;
   read_batch(op, pool, ids, weights, all.x.n, Order::kBySlot, &batch);
   int64_t *starts = start_memory.get(batch.slot_count + 1);

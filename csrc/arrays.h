@@ -3,6 +3,7 @@
 
 #include "common.h"
 #include "isa/kernels.h"
+#include "per_thread.h"
 
 namespace le {
 

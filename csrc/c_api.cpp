@@ -277,7 +277,7 @@ le_status le_pool_view(le_pool *pool, int32_t slot, le_array *A, le_array *B_tra
 
 void le_view_release(le_view *view) {
   if (!view) return;
-  view->pool->core.unview(view->block);
+  view->pool->core->unview(view->block);
   delete view;
 }
 

@@ -13,14 +13,17 @@
 struct le_context {
   uint32_t tag;
   std::shared_ptr<le::Context> core;
+  le_context *next;  // of those that were destroyed
 };
 struct le_pool {
   uint32_t tag;
   std::shared_ptr<le::AdapterPool> core;  // keeps its context
+  le_pool *next;
 };
 struct le_ewc {
   uint32_t tag;
   std::shared_ptr<le::Ewc> core;  // keeps its pool
+  le_ewc *next;
 };
 
 namespace le {

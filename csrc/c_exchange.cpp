@@ -248,7 +248,7 @@ le_status le_pool_import(le_pool *pool, const void *bytes, size_t size, const ch
                          float scaling, int32_t *slot) {
   const char *op = "AdapterPool.import";
   return le::with(op, "pool", pool, [&](le::AdapterPool &p) {
-    le::require(op, "bytes", bytes);
+    if (size) le::require(op, "bytes", bytes);
     le::require(op, "slot", slot);
     *slot = le::import_adapter(p, bytes, size, modules, scaling);
   });

@@ -1,7 +1,5 @@
 // Handles and last errors.
-#include <algorithm>
 #include <cstdio>
-#include <deque>
 #include <mutex>
 
 #include "c_call.h"
@@ -11,12 +9,13 @@ namespace {
 
 // Handles that were destroyed. So many wait before one is issued again, that a host that
 // still holds one is told so and does not reach another's.
-constexpr size_t kWaiting = 64;
+constexpr int kWaiting = 64;
 
 template <class Handle>
 struct Retired {
   std::mutex mutex;
-  std::deque<Handle *> handles;  // oldest first
+  Handle *oldest = nullptr, *youngest = nullptr;
+  int count = 0;
 };
 template <class Handle>
 Retired<Handle> &retired() {
@@ -29,9 +28,10 @@ Handle *issue_handle(std::shared_ptr<Core> core) {
   Retired<Handle> &from = retired<Handle>();
   std::lock_guard<std::mutex> guard(from.mutex);
   Handle *handle;
-  if (from.handles.size() > kWaiting) {
-    handle = from.handles.front();
-    from.handles.pop_front();
+  if (from.count > kWaiting) {
+    handle = from.oldest;
+    from.oldest = handle->next;
+    --from.count;
   } else {
     handle = new Handle{};
   }
@@ -47,11 +47,9 @@ void retire_handle(Handle *handle) noexcept {
   handle->core.reset();
   Retired<Handle> &to = retired<Handle>();
   std::lock_guard<std::mutex> guard(to.mutex);
-  try {
-    to.handles.push_back(handle);
-  } catch (const std::bad_alloc &) {
-    // It is not reissued, then.
-  }
+  handle->next = nullptr;
+  (to.count++ ? to.youngest->next : to.oldest) = handle;
+  to.youngest = handle;
 }
 
 // The words of the contexts that failed last, the calling thread's.

@@ -37,7 +37,7 @@ uint64_t next_id() {
 }  // namespace
 
 Context::Context(const le_context_options &options)
-    : threads(options.num_threads, options.threads),
+    : threads(options.num_threads, options.threads, options.log ? *options.log : le_log{}),
       memory(options.allocator),
       id_(next_id()),
       log_(options.log ? *options.log : le_log{}) {

@@ -246,8 +246,10 @@ void ewc_step(const le_array *theta, const le_array *grad, const le_array *fishe
 
   const Kernels &k = kernels();
   uint64_t key = rounding_key(seed, 0, version);
-  static thread_local Scratch<float> grad_copy, fisher_copy, anchor_copy;
-  static thread_local Scratch<char> theta_copy;
+  LE_PER_THREAD(Scratch<float>, grad_copy);
+  LE_PER_THREAD(Scratch<float>, fisher_copy);
+  LE_PER_THREAD(Scratch<float>, anchor_copy);
+  LE_PER_THREAD(Scratch<char>, theta_copy);
   for (int64_t i = 0; i < t.n; ++i) {
     Update u{};
     u.n = t.width;

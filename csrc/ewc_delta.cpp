@@ -15,7 +15,7 @@ struct Buffers {
 };
 
 Buffers &buffers() {
-  static thread_local Buffers b;
+  LE_PER_THREAD(Buffers, b);
   return b;
 }
 

@@ -46,7 +46,7 @@ struct Buffers {
   Scratch<void *> targets;
 };
 Buffers &buffers() {
-  static thread_local Buffers b;
+  LE_PER_THREAD(Buffers, b);
   return b;
 }
 
@@ -148,7 +148,7 @@ const double *sum_all(Context &context, const Sums &s) {
     Scratch<double> total;
     Scratch<float> blocks;
   };
-  static thread_local Memory memory;
+  LE_PER_THREAD(Memory, memory);
   int64_t size = s.size();
   double *total = memory.total.get(size);
   std::fill(total, total + size, 0.0);
@@ -253,7 +253,7 @@ const float *float_copy(const Kernels &k, const Rows &m, Scratch<float> &memory)
     for (int64_t i = 0; i < m.n; ++i) load_row(k, m, i, 0, m.width, to + i * m.width);
     return to;
   }
-  static thread_local Scratch<float> column_memory;
+  LE_PER_THREAD(Scratch<float>, column_memory);
   float *column = column_memory.get(m.n);
   Rows columns = transposed(m);
   for (int64_t j = 0; j < m.width; ++j) {
@@ -355,7 +355,8 @@ void lora_fisher(Context &context, const le_array *x, const le_array *grad, cons
   Rows f_b = sum_output(op, "F_B", F_B, b.n, a.n, "[out, r]", inputs);
   check_overlap(op, "F_B", f_b, "F_A", f_a);
 
-  static thread_local Scratch<float> a_memory, b_memory;
+  LE_PER_THREAD(Scratch<float>, a_memory);
+  LE_PER_THREAD(Scratch<float>, b_memory);
   s.a = float_copy(s.k, a, a_memory);
   s.bt = float_copy(s.k, transposed(b), b_memory);
   s.weighted = true;

@@ -30,7 +30,7 @@ void pool_forward_slot(AdapterPool &pool, int32_t id, const le_array *x, bool tr
   SharedSlots held(op, pool, &id, 1);
   if (shape.x.n == 0) return;
   const Block &block = *pool.slot(id).current;
-  static thread_local Scratch<int64_t> row_memory;
+  LE_PER_THREAD(Scratch<int64_t>, row_memory);
   const int64_t *rows = row_numbers(shape.x.n, row_memory);
   int64_t step = pool.context().tile_rows(), tiles = (shape.x.n + step - 1) / step;
   int64_t bytes = shape.x.n * pool.elements(block) * dtype_size(pool.dtype());
@@ -86,7 +86,7 @@ struct BatchedDelta::Memory {
 };
 
 BatchedDelta::Memory &BatchedDelta::memory() {
-  static thread_local Memory m;
+  LE_PER_THREAD(Memory, m);
   return m;
 }
 
@@ -125,7 +125,7 @@ int64_t BatchedDelta::terms(const PairTile &cut, int s, bool transposed, Term *t
 void BatchedDelta::run(const Shape &shape) const {
   if (!shape.accumulate) {
     // Rows without an adapter; the others are overwritten by their tile.
-    static thread_local Scratch<uint8_t> seen_memory;
+    LE_PER_THREAD(Scratch<uint8_t>, seen_memory);
     uint8_t *seen = seen_memory.get(shape.x.n);
     std::fill(seen, seen + shape.x.n, uint8_t(0));
     for (int64_t p = 0; p < batch_.count; ++p) seen[rows_[p]] = 1;

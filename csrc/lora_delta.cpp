@@ -87,8 +87,9 @@ void lora_delta(Context &context, const le_array *x, const le_array *A, const le
   check_overlap(op, "out", shape.y, "B", b);
   if (shape.x.n == 0 || b.n == 0) return;
 
-  static thread_local PackMemory a_memory, b_memory;
-  static thread_local Scratch<int64_t> row_memory;
+  LE_PER_THREAD(PackMemory, a_memory);
+  LE_PER_THREAD(PackMemory, b_memory);
+  LE_PER_THREAD(Scratch<int64_t>, row_memory);
   const int64_t *rows = row_numbers(shape.x.n, row_memory);
   int64_t a_stride, bt_stride;
   const char *down = packed_rows(a, a_memory, &a_stride);

@@ -124,7 +124,7 @@ void nf4_encode(Context &context, const le_array *W, int32_t blocksize, uint8_t 
   int threads = context.threads_for(8 * total);
   auto each_block = [&](auto &&visit) {
     context.threads.run((total + step - 1) / step, threads, [&](int64_t task) {
-      static thread_local Scratch<float> memory;
+      LE_PER_THREAD(Scratch<float>, memory);
       int64_t end = std::min(total, (task + 1) * step);
       for (int64_t first = task * step; first < end; first += blocksize) {
         int64_t count = std::min<int64_t>(blocksize, end - first);
@@ -169,7 +169,7 @@ void nf4_decode(Context &context, const le_nf4 *w, const le_array *W) {
   int64_t total = matrix.elements();
   context.threads.run((total + kTaskElements - 1) / kTaskElements, context.threads_for(5 * total),
                       [&](int64_t task) {
-                        static thread_local Nf4Matrix::Buffers b;
+                        LE_PER_THREAD(Nf4Matrix::Buffers, b);
                         int64_t first = task * kTaskElements;
                         int64_t last = std::min(total, first + kTaskElements);
                         float *room = b.values.get_aligned(Nf4Matrix::room(kTaskElements));

@@ -26,7 +26,7 @@ struct Nf4Buffers {
   Scratch<void *> out_rows;
 };
 Nf4Buffers &nf4_buffers() {
-  static thread_local Nf4Buffers b;
+  LE_PER_THREAD(Nf4Buffers, b);
   return b;
 }
 
@@ -131,12 +131,12 @@ struct Inputs {
   }
 };
 Inputs &inputs() {
-  static thread_local Inputs memory;
+  LE_PER_THREAD(Inputs, memory);
   return memory;
 }
 
 void round_to_bfloat(const Kernels &k, float *row, int64_t n) {
-  static thread_local Scratch<Bf16> memory;
+  LE_PER_THREAD(Scratch<Bf16>, memory);
   Bf16 *narrow = memory.get(n);
   k.round[LE_BFLOAT16](row, n, narrow);
   k.widen[LE_BFLOAT16](narrow, n, row);
@@ -150,7 +150,7 @@ void read_lanes(const Rows &x, bool rounds, Product *p, Context &context) {
   char *to = reinterpret_cast<char *>(inputs().lanes.get_aligned(x.n * copies * p->x_stride / 4));
   p->x = to;
   context.threads.run(x.n, context.threads_for(8 * x.n * x.width), [&](int64_t i) {
-    static thread_local Scratch<float> row_memory;
+    LE_PER_THREAD(Scratch<float>, row_memory);
     int64_t size = chunks * kNf4Chunk;
     float *row = row_memory.get(size);
     for (int64_t copy = 0; copy < copies; ++copy) {
@@ -179,7 +179,7 @@ void read_rows(const Rows &x, bool rounds, Product *p, Context &context) {
                        : reinterpret_cast<char *>(inputs().wide.get(x.n * width));
   p->x = to;
   context.threads.run(x.n, context.threads_for(8 * x.n * width), [&](int64_t i) {
-    static thread_local Scratch<float> wide_memory;
+    LE_PER_THREAD(Scratch<float>, wide_memory);
     char *row = to + i * p->x_stride;
     float *wide = to_bfloat ? wide_memory.get(width) : reinterpret_cast<float *>(row);
     load_row(k, x, i, 0, width, wide);
@@ -191,7 +191,7 @@ void read_rows(const Rows &x, bool rounds, Product *p, Context &context) {
 const float *read_bias(const char *op, const Kernels &k, const le_array *bias, int64_t rows,
                        const Rows &y) {
   if (!present(bias)) return nullptr;
-  static thread_local Scratch<float> memory;
+  LE_PER_THREAD(Scratch<float>, memory);
   Rows b = float_matrix(op, "bias", bias, 1, rows, "[out]");
   check_overlap(op, "out", y, "bias", b);
   float *copy = memory.get(rows);
@@ -265,7 +265,7 @@ void nf4_linear_backward(Context &context, const le_array *grad, const le_nf4 *w
   const Kernels &k = *shape.kernels;
   int64_t n = shape.x.n, rows = matrix.rows(), cols = matrix.cols();
   if (n == 0) return;
-  static thread_local Scratch<float> grad_memory;
+  LE_PER_THREAD(Scratch<float>, grad_memory);
   float *up = grad_memory.get(n * rows);
   context.threads.run(n, context.threads_for(8 * n * rows),
                       [&](int64_t i) { load_row(k, shape.x, i, 0, rows, up + i * rows); });

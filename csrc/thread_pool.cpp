@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
-#include <memory>
+#include <cstdio>
+#include <exception>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -62,6 +62,7 @@ struct ThreadPool::State {
   std::atomic<int> sleepers{0};
   std::atomic<bool> stop{false};
   std::vector<std::thread> workers;
+  bool told = false;  // that there are fewer than wanted
 
   void work() {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
@@ -113,7 +114,7 @@ struct ThreadPool::State {
         uint64_t seen = generation.load();
         workers.emplace_back([this, seen] { worker(seen); });
       }
-    } catch (const std::system_error &) {
+    } catch (const std::exception &) {  // std::system_error, std::bad_alloc
     }
   }
 
@@ -129,8 +130,8 @@ struct ThreadPool::State {
   }
 };
 
-ThreadPool::ThreadPool(int num_threads, const le_host_threads *host)
-    : host_(host ? *host : le_host_threads{}), state_(new State) {
+ThreadPool::ThreadPool(int num_threads, const le_host_threads *host, const le_log &log)
+    : host_(host ? *host : le_host_threads{}), log_(log), state_(new State) {
   num_threads_ = num_threads ? num_threads : host ? host->num_threads : available_cpus();
 }
 
@@ -142,6 +143,7 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::set_num_threads(int n) {
   std::lock_guard<std::mutex> lock(job_);
   if (n < num_threads()) state_->stop_workers();
+  state_->told = false;
   num_threads_.store(n);
 }
 
@@ -169,6 +171,16 @@ void ThreadPool::run_on_host(int64_t tasks, int threads, TaskFn fn, void *body) 
   if (job.out_of_memory.load(std::memory_order_relaxed)) throw std::bad_alloc();
 }
 
+// Once, until the number of threads is set again.
+void ThreadPool::note_missing(int wanted) {
+  int there = static_cast<int>(state_->workers.size());
+  if (there >= wanted || state_->told) return;
+  state_->told = true;
+  char text[96];
+  std::snprintf(text, sizeof text, "expected to start %d threads, could start %d", wanted, there);
+  if (log_.write) log_.write(log_.user, LE_LOG_WARNING, text);
+}
+
 bool ThreadPool::try_run(int64_t tasks, int threads, TaskFn fn, void *body) {
   if (host_.run) {
     run_on_host(tasks, threads, fn, body);
@@ -180,6 +192,7 @@ bool ThreadPool::try_run(int64_t tasks, int threads, TaskFn fn, void *body) {
   int helpers = static_cast<int>(std::min<int64_t>(tasks, std::min(threads, num_threads()))) - 1;
   if (helpers < 1) return false;
   s.ensure_workers(helpers);
+  note_missing(helpers);
   s.fn = fn;
   s.body = body;
   s.tasks = tasks;

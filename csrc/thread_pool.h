@@ -13,8 +13,8 @@ namespace le {
 class ThreadPool {
  public:
   // num_threads 0: the CPUs that there are, or as many as the host lends. host: whose threads
-  // run the jobs; NULL: workers of its own.
-  ThreadPool(int num_threads, const le_host_threads *host);
+  // run the jobs; NULL: workers of its own. log: is told where they cannot be started.
+  ThreadPool(int num_threads, const le_host_threads *host, const le_log &log);
   ~ThreadPool();
   ThreadPool(const ThreadPool &) = delete;
   ThreadPool &operator=(const ThreadPool &) = delete;
@@ -46,9 +46,11 @@ class ThreadPool {
     (*static_cast<Body *>(body))(task);
   }
   void run_on_host(int64_t tasks, int threads, TaskFn fn, void *body) const;
+  void note_missing(int wanted);
   bool try_run(int64_t tasks, int threads, TaskFn fn, void *body);
 
   const le_host_threads host_;
+  const le_log log_;
   std::atomic<int> num_threads_;
   std::mutex job_;  // held by the caller whose job runs
   State *state_;    // shared with the workers; remade in a forked child

@@ -13,7 +13,7 @@ const void **row_pointers(const char *first, int64_t stride, int64_t count, cons
 }  // namespace
 
 Buffers &buffers() {
-  static thread_local Buffers b;
+  LE_PER_THREAD(Buffers, b);
   return b;
 }
 

@@ -88,7 +88,7 @@ void run_tiles(Context &context, const Shape &shape, int64_t tiles, int64_t byte
   for (int64_t index = 0; index < tiles; ++index) {
     // Held by reference across jobs in which this thread's buffers are reused,
     // so h and the inputs live in buffers of their own.
-    static thread_local Buffers held;
+    LE_PER_THREAD(Buffers, held);
     visit(index, [&](const Tile &tile, const float *const *x, const Term *terms, int64_t count,
                      int64_t column, int64_t n) {
       run_tile_split(context, threads, shape, tile, terms, count, x, column, n, held);

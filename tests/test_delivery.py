@@ -107,6 +107,7 @@ def test_the_prefix_holds_what_a_distribution_expects(prefix):
     lib = "lib"
     assert files == {
         "include/lora_engine.h",
+        "include/lora_engine.hpp",
         f"{lib}/liblora_engine.a",
         f"{lib}/liblora_engine.so",
         f"{lib}/liblora_engine.so.0",

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from helpers_models import cosine, embeddings, minilm, sentences
+from helpers_attach import with_peft
+from helpers_models import cosine, embeddings, minilm, quietly, sentences
 
 import lora_engine as le
 
@@ -54,3 +55,49 @@ def test_bfloat16(packed, plain):
     got = embeddings(model, sentences())
     assert nearest(got) == PAIRS
     assert cosine(got, plain[1]) > (0.96 if packed else 0.9998)
+
+
+CONFIGS = {
+    "a": {"r": 8, "target_modules": ["query", "value"]},
+    "b": {"r": 3, "use_rslora": True, "target_modules": ["key", "output.dense"]},
+}
+NAMES = ["a", "__base__", "b", "b", "a", "__base__"]
+
+
+def form(model, which):
+    """A copy of the model in float32, bfloat16 or NF4."""
+    made = copy.deepcopy(model)
+    if which == "bfloat16":
+        return made.bfloat16()
+    if which == "nf4":
+        le.quantize(made)
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["float32", "bfloat16", "nf4"])
+def test_adapters_of_peft_a_row_equal_one_model_each(which, plain, tmp_path):
+    base = form(plain[0], which)
+    peft = with_peft(base, CONFIGS)
+    quietly(peft.save_pretrained, tmp_path)  # a folder an adapter, as PEFT writes them
+    x = sentences()
+    each = {"__base__": embeddings(base, x)}
+    for name in CONFIGS:
+        peft.set_adapter(name)
+        each[name] = embeddings(peft, x)
+    want = torch.stack([each[name][row] for row, name in enumerate(NAMES)])
+    handle = le.attach(base, {name: tmp_path / name for name in CONFIGS})
+    got = embeddings(base, x, adapter_names=NAMES)
+    moved = torch.cosine_similarity(want, each["__base__"], dim=-1)
+    assert moved[[0, 2, 3, 4]].max() < 0.99  # the adapters matter
+    if which == "bfloat16":
+        assert cosine(got, want) > 0.9995
+    else:
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+    # A row says what it would say if all rows had its adapter.
+    for name in ("a", "__base__"):
+        alone = embeddings(base, x, adapter_names=[name] * 6)
+        rows = [row for row, one in enumerate(NAMES) if one == name]
+        torch.testing.assert_close(got[rows], alone[rows], rtol=0, atol=1e-6)
+    handle.detach()
+    assert torch.equal(embeddings(base, x), each["__base__"])

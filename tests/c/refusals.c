@@ -1,98 +1,10 @@
 /* Every pointer of every function NULL in turn, handles that were destroyed, and shapes, dtypes and
  * slots that are wrong: a status and words, and nothing is written. */
-#include "check.h"
-
-enum { in = 8, out = 4, rank = 2, n = 3 };
-
-typedef struct Fixture {
-  le_context *ctx;
-  le_pool *pool;
-  le_ewc *ewc;
-  Array A, B, x, y, grad, ids, F, h, gradient, segments, u, v, F_A, F_B, star_A, star_B, W;
-  le_nf4 w;
-  uint8_t packed[in * out / 2], outcomes[n], outcome;
-  float absmax[1], scaling;
-  le_step step;
-  le_merge merge;
-  le_merge_info info;
-  le_pool_info of_pool;
-  Array slots, weights, to_A, to_B;
-  uint64_t versions[2], version;
-  int64_t size, outs[1];
-  size_t bytes;
-  char buffer[1024];
-  const char *modules[1];
-  le_pool_options options;
-  int32_t slot, ranks;
-  double number;
-} Fixture;
-
-static Fixture fixture(void) {
-  Fixture f = {0};
-  f.ctx = new_context(1);
-  f.outs[0] = out;
-  f.pool = new_pool(f.ctx, in, 1, f.outs, LE_FLOAT32, 1);
-  CHECK(add_drawn(f.pool, in, out, rank, 1, &f.A, &f.B) == 0);
-  CHECK(le_pool_add(f.pool, &f.A.c, &f.B.c, 1, &f.slot) == LE_OK);
-  CHECK(le_ewc_create(f.pool, LE_EWC_FACTOR, 1, &f.ewc) == LE_OK);
-  f.x = drawn(LE_FLOAT32, n, in, -1, 1), f.y = array(LE_FLOAT32, n, out);
-  f.grad = drawn(LE_FLOAT32, n, out, -1, 1), f.ids = drawn(LE_INT32, 0, n, 0, 0);
-  f.F = drawn(LE_FLOAT32, n, in, 0, 1), f.h = array(LE_FLOAT32, n, rank);
-  f.gradient = drawn(LE_FLOAT32, 0, rank * (in + out), 0, 0);
-  f.segments = array(LE_INT32, 0, 2);
-  set(&f.segments, 0, 0, 0), set(&f.segments, 0, 1, n);
-  f.u = array(LE_FLOAT32, 0, out), f.v = array(LE_FLOAT32, 0, in);
-  f.F_A = drawn(LE_FLOAT32, rank, in, 0, 1), f.F_B = drawn(LE_FLOAT32, out, rank, 0, 1);
-  f.star_A = drawn(LE_FLOAT32, rank, in, 0, 1), f.star_B = drawn(LE_FLOAT32, out, rank, 0, 1);
-  f.W = drawn(LE_FLOAT32, out, in, -1, 1);
-  CHECK(le_nf4_encode(f.ctx, &f.W.c, 64, f.packed, f.absmax) == LE_OK);
-  f.w = (le_nf4){f.packed, out, in, 64, f.absmax, NULL, NULL, NULL, 0, 0};
-  f.step = (le_step){0.1f, 1, 0, 0, 1, NULL};
-  f.slots = drawn(LE_INT32, 0, 1, 16, 16), f.weights = drawn(LE_FLOAT32, 0, 2, 1, 1);
-  set(&f.slots, 0, 0, 1);
-  f.to_A = array(LE_FLOAT32, rank, in), f.to_B = array(LE_FLOAT32, out, rank);
-  f.modules[0] = "m";
-  f.options.in_features = in, f.options.out_features = f.outs, f.options.num_slices = 1;
-  return f;
-}
-
-/* All that a call may write, and the adapters. */
-static uint64_t state(Fixture *f) {
-  Array A = array(LE_FLOAT32, rank, in), B = array(LE_FLOAT32, out, rank);
-  const Array *all[] = {&A,      &B,      &f->y, &f->F,    &f->h,    &f->gradient, &f->u,     &f->v,
-                        &f->F_A, &f->F_B, &f->W, &f->to_A, &f->to_B, &f->star_A,   &f->star_B};
-  uint64_t sum = 0;
-  float scaling = 0;
-  for (int32_t slot = 0; slot < 2; ++slot) {
-    uint64_t version = 0;
-    CHECK(le_pool_get(f->pool, slot, &A.c, &B.c, &scaling) == LE_OK);
-    CHECK(le_pool_version(f->pool, slot, &version) == LE_OK);
-    sum = digest(digest(sum, &version, sizeof version), A.bytes, A.size);
-    sum = digest(sum, B.bytes, B.size);
-  }
-  for (size_t i = 2; i < sizeof all / sizeof *all; ++i)
-    sum = digest(sum, all[i]->bytes, all[i]->size);
-  sum = digest(sum, f->packed, sizeof f->packed);
-  sum = digest(sum, f->outcomes, sizeof f->outcomes);
-  sum = digest(sum, f->buffer, sizeof f->buffer);
-  le_pool_info info;
-  CHECK(le_pool_get_info(f->pool, &info) == LE_OK);
-  array_free(&A), array_free(&B);
-  return digest(sum, &info.live, sizeof info.live);
-}
-
-static void done(Fixture *f) {
-  Array *all[] = {&f->A,       &f->B,    &f->x,        &f->y,        &f->grad, &f->ids,
-                  &f->F,       &f->h,    &f->gradient, &f->segments, &f->u,    &f->v,
-                  &f->F_A,     &f->F_B,  &f->star_A,   &f->star_B,   &f->W,    &f->slots,
-                  &f->weights, &f->to_A, &f->to_B};
-  for (size_t i = 0; i < sizeof all / sizeof *all; ++i) array_free(all[i]);
-  le_ewc_destroy(f->ewc), le_pool_destroy(f->pool), le_context_destroy(f->ctx);
-}
+#include "fixture.h"
 
 /* The call with one argument NULL; argument 0 is the handle. */
 static void nulls(Fixture *f) {
-  uint64_t before = state(f);
+  uint64_t before = fixture_state(f);
   f->merge = (le_merge){&f->slots.c, &f->weights.c, NULL, NULL, rank, 1, 3, 1e-3f, 1};
   CHECK(le_lora_delta(NULL, &f->x.c, &f->A.c, &f->B.c, 1, 0, &f->y.c) == LE_ERROR_VALUE);
   CHECK(strstr(le_last_error(f->ctx), "expected a pointer, got NULL"));
@@ -303,16 +215,17 @@ static void nulls(Fixture *f) {
         LE_ERROR_VALUE);
   CHECK(le_consolidate(f->pool, 0, &f->merge, &f->to_A.c, &f->to_B.c, f->versions, NULL) ==
         LE_ERROR_VALUE);
-  CHECK(state(f) == before);
+  CHECK(fixture_state(f) == before);
 }
 
 static void destroyed(Fixture *f) {
-  uint64_t before = state(f);
-  Fixture gone = fixture(), *d = &gone;
+  uint64_t before = fixture_state(f);
+  Fixture gone, *d = &gone;
+  fixture(d);
   le_ewc *ewc = d->ewc;
   le_pool *pool = d->pool;
   le_context *ctx = d->ctx;
-  done(d);
+  fixture_done(d);
   CHECK(le_lora_delta(ctx, &f->x.c, &f->A.c, &f->B.c, 1, 0, &f->y.c) == LE_ERROR_VALUE);
   CHECK(le_ewc_step(ctx, &f->F.c, &f->x.c, &f->F.c, &f->x.c, 0.1f, 1, 1, 1) == LE_ERROR_VALUE);
   CHECK(le_fisher_accumulate(ctx, &f->F.c, &f->x.c, 0.5f, 0.5f) == LE_ERROR_VALUE);
@@ -364,12 +277,12 @@ static void destroyed(Fixture *f) {
   CHECK(le_pool_adapt(f->pool, &f->x.c, &f->grad.c, &f->ids.c, NULL, &f->step, f->outcomes) ==
         LE_ERROR_VALUE);
   f->step.ewc = NULL;
-  CHECK(state(f) == before);
+  CHECK(fixture_state(f) == before);
 }
 
 /* A shape, a dtype, a slot, an overlap, a number: named, with what was expected. */
 static void wrong(Fixture *f) {
-  uint64_t before = state(f);
+  uint64_t before = fixture_state(f);
   le_array bad = f->x.c, none = {0};
   bad.shape[1] = in - 1;
   REFUSED(f->ctx, LE_ERROR_VALUE,
@@ -431,13 +344,14 @@ static void wrong(Fixture *f) {
   f->w.blocksize = 64, f->w.absmax = NULL;
   REFUSED(f->ctx, LE_ERROR_VALUE, "expected codes and scales",
           le_nf4_decode(f->ctx, &f->w, &f->W.c));
-  CHECK(state(f) == before);
+  CHECK(fixture_state(f) == before);
 }
 
 void test_refusals(void) {
-  Fixture f = fixture();
+  Fixture f;
+  fixture(&f);
   nulls(&f);
   wrong(&f);
   destroyed(&f);
-  done(&f);
+  fixture_done(&f);
 }
