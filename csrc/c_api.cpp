@@ -10,7 +10,7 @@
 #include "nf4_linear.h"
 
 struct le_view {
-  le_pool *pool;
+  std::shared_ptr<le::AdapterPool> pool;
   le::Block *block;
 };
 
@@ -269,7 +269,7 @@ le_status le_pool_view(le_pool *pool, int32_t slot, le_array *A, le_array *B_tra
     require(op, "A", A);
     require(op, "B_transposed", B_transposed);
     require(op, "out", out);
-    std::unique_ptr<le_view> view(new le_view{pool, nullptr});
+    std::unique_ptr<le_view> view(new le_view{pool->core, nullptr});
     view->block = p.view(slot, A, B_transposed);
     *out = view.release();
   });
@@ -277,7 +277,7 @@ le_status le_pool_view(le_pool *pool, int32_t slot, le_array *A, le_array *B_tra
 
 void le_view_release(le_view *view) {
   if (!view) return;
-  view->pool->core->unview(view->block);
+  view->pool->unview(view->block);
   delete view;
 }
 

@@ -41,14 +41,13 @@ def drawn(like: Adapter, rank: int) -> Adapter:
     return Adapter({path: weights(w) for path, w in like.modules.items()})
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_other_names_and_ranks_compile_nothing_anew(fresh, backend):
+def test_other_names_and_ranks_compile_nothing_anew(fresh):
     model = new_model("llama")
     peft = with_peft(model, two_adapters("llama"))
     first = adapter_of(peft, "a")
     handle = le.attach(model, {"a": first, "b": adapter_of(peft, "b")})
     handle.set_adapter(None)
-    fast = torch.compile(model, fullgraph=True, backend=backend)
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")
 
     def check(names):
         got, want = (logits(m, tokens(), adapter_names=names) for m in (fast, model))
@@ -56,20 +55,19 @@ def test_other_names_and_ranks_compile_nothing_anew(fresh, backend):
 
     check(["a", "__base__", "b"])
     check(None)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        check(["b", "a", "a"])
-        handle.add("new", drawn(first, 9))
-        check(["new", "__base__", "a"])
-        handle.add("a", drawn(first, 2))  # in place of the first
-        check(["new", "a", "a"])
-        for i in range(70):  # past the room there is for numbers
-            handle.add(f"more{i}", first)
-        check(["more69", "more3", "new"])
-        check(["__base__"] * 3)
-        others = threading.Thread(target=check, args=(["b", "new", "__base__"],))
-        others.start()
-        check(["a", "b", "__base__"])
-        others.join()
+    check(["b", "a", "a"])
+    handle.add("new", drawn(first, 9))
+    check(["new", "__base__", "a"])
+    handle.add("a", drawn(first, 2))  # in place of the first
+    check(["new", "a", "a"])
+    for i in range(70):  # past the room there is for numbers
+        handle.add(f"more{i}", first)
+    check(["more69", "more3", "new"])
+    check(["__base__"] * 3)
+    others = threading.Thread(target=check, args=(["b", "new", "__base__"],))
+    others.start()
+    check(["a", "b", "__base__"])
+    others.join()
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 2
 
@@ -105,7 +103,7 @@ def test_compiled_by_layer_and_in_training(fresh):
 
 def test_the_fast_path_of_a_torch_encoder_layer_does_not_go_past_an_adapter():
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    w = LoraWeights(np.ones((1, 8), "f4"), np.ones((16, 1), "f4"), 1.0)
+    w = LoraWeights(np.arange(8, dtype="f4")[None], np.ones((16, 1), "f4"), 1.0)
     x = torch.randn(2, 3, 8)
     with torch.no_grad():
         plain = layer(x)

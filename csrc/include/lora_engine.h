@@ -240,7 +240,7 @@ LE_API le_status le_pool_rollback(le_pool *pool, int32_t slot);
  * slices: num_slices views each of A [r, in] and of the transpose of B [r, out], in the pool's
  * dtype; those of a missing slice have ndim 0. They never move. After set, rollback, remove or an
  * adapt with history they are no longer the slot's; set and remove zero them. They are memory that
- * may be read and written until le_view_release. A view borrows its pool: release it first. */
+ * may be read and written until le_view_release, also when the pool was destroyed before. */
 typedef struct le_view le_view;
 LE_API le_status le_pool_view(le_pool *pool, int32_t slot, le_array *A, le_array *B_transposed,
                               le_view **out);
