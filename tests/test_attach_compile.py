@@ -50,7 +50,8 @@ def test_other_names_and_ranks_compile_nothing_anew(fresh):
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
 
     def check(names):
-        got, want = (logits(m, tokens(), adapter_names=names) for m in (fast, model))
+        rows = tokens(len(names or "abc"))
+        got, want = (logits(m, rows, adapter_names=names) for m in (fast, model))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
     check(["a", "__base__", "b"])
@@ -70,6 +71,9 @@ def test_other_names_and_ranks_compile_nothing_anew(fresh):
     others.join()
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 2
+    for n in (4, 5, 6):  # one more graph, of any number of rows
+        check(["a", "new", "b", "__base__", "a", "b"][:n])
+    assert counters["stats"]["unique_graphs"] == 3
 
 
 def test_compiled_by_layer_and_in_training(fresh):

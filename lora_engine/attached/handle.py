@@ -36,7 +36,9 @@ def attached_class(front: type, base: type) -> Any:
     """``base`` with ``front`` before it, under the name of ``base``."""
     if (front, base) in _classes:
         return _classes[front, base]
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    # torch's own name would make the compiler take sizes in the layer, of tables, for constants.
+    module = __name__ if base.__module__.startswith("torch.") else base.__module__
+    names = {"__module__": module, "__qualname__": base.__qualname__}
     return _classes.setdefault((front, base), type(base.__name__, (front, base), names))
 
 
