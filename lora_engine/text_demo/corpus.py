@@ -125,7 +125,7 @@ def wanted(found: Sequence[Passage], asked: Sequence[Query], taste: Taste) -> ND
     its section the passages that they like."""
     at = np.array([q.passage for q in asked], np.int64)
     if taste.likes is None:
-        return np.equal(at[:, None], np.arange(len(found)))
+        return np.asarray(at[:, None] == np.arange(len(found)))
     sections = np.array([p.section for p in found])
     likes = np.array([taste.likes.search(p.text) is not None for p in found])
-    return np.equal(sections[at][:, None], sections) & likes
+    return np.asarray((sections[at][:, None] == sections) & likes)
