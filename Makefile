@@ -3,6 +3,7 @@
 # make bench   latencies against peers, pytest-benchmark
 # make gpu     on a machine with a CUDA GPU: op tests there, times, one JSON; no network, no .venv
 # make full    the tests again, with far more drawn cases
+# make fire    the C library under sanitizers and valgrind, fuzzed for twenty minutes
 # Each makes or reuses .venv; nothing but Python >= 3.10, pip and a C++17 compiler is needed.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc cmake -type f)
 
-.PHONY: demo test lint bench gpu full lanes emulate format clean
+.PHONY: demo test lint bench gpu full fire lanes emulate format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lora-engine demo
@@ -26,7 +27,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc examples tests/c bench -name '*.[ch]' -o -name '*.[ch]pp')
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench
@@ -38,6 +39,10 @@ gpu:
 
 full: lint lanes
 	LORA_ENGINE_TEST_PROFILE=full $(BIN)/python -m pytest
+
+# With clang and valgrind, or it says what it skips.
+fire: $(VENV)/.test
+	LORA_ENGINE_TEST_PROFILE=full $(BIN)/python -m pytest tests/test_fire.py -v
 
 # The op tests on the avx512 kernels, their 16 lanes made of AVX2 instructions.
 LANES := $(CURDIR)/build/lanes
@@ -67,7 +72,7 @@ emulate: $(VENV)/bin/python
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $(shell find csrc examples tests/c bench -name '*.[ch]' -o -name '*.[ch]pp')
 
 # One stamp an extra: .venv/.test holds when .[test] is installed from these sources.
 $(VENV)/.%: $(SOURCES) | $(VENV)/bin/python

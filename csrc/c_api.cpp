@@ -5,12 +5,13 @@
 
 #include "adapt.h"
 #include "consolidate.h"
+#include "counters.h"
 #include "dispatch.h"
 #include "fisher.h"
 #include "nf4_linear.h"
 
 struct le_view {
-  le_pool *pool;
+  std::shared_ptr<le::AdapterPool> pool;
   le::Block *block;
 };
 
@@ -112,6 +113,16 @@ le_status le_set_num_threads(le_context *ctx, int32_t num_threads) {
 
 int32_t le_get_num_threads(const le_context *ctx) {
   return ctx && ctx->tag == le::tag_of(ctx) ? ctx->core->threads.num_threads() : 0;
+}
+
+le_status le_get_counters(le_context *ctx, le_counters *out) {
+  const char *op = "counters";
+  return with_context(op, ctx, [&](le::Context &c) {
+    require(op, "out", out);
+    *out = {};
+    le::add_up(out);
+    out->resident = c.resident();
+  });
 }
 
 le_status le_set_tuning(le_context *ctx, int64_t bytes_per_thread, int64_t tile_rows) {
@@ -269,7 +280,7 @@ le_status le_pool_view(le_pool *pool, int32_t slot, le_array *A, le_array *B_tra
     require(op, "A", A);
     require(op, "B_transposed", B_transposed);
     require(op, "out", out);
-    std::unique_ptr<le_view> view(new le_view{pool, nullptr});
+    std::unique_ptr<le_view> view(new le_view{pool->core, nullptr});
     view->block = p.view(slot, A, B_transposed);
     *out = view.release();
   });
@@ -277,7 +288,7 @@ le_status le_pool_view(le_pool *pool, int32_t slot, le_array *A, le_array *B_tra
 
 void le_view_release(le_view *view) {
   if (!view) return;
-  view->pool->core->unview(view->block);
+  view->pool->unview(view->block);
   delete view;
 }
 
@@ -293,6 +304,7 @@ le_status le_pool_forward(le_pool *pool, const le_array *x, const le_array *ids,
                           const le_array *weights, int32_t transposed, int32_t accumulate,
                           const le_array *y) {
   return with("batched_lora_delta", "pool", pool, [&](le::AdapterPool &p) {
+    le::ForwardCall counted;
     le::pool_forward(p, x, ids, weights, transposed != 0, accumulate != 0, y);
   });
 }
@@ -300,6 +312,7 @@ le_status le_pool_forward(le_pool *pool, const le_array *x, const le_array *ids,
 le_status le_pool_forward_slot(le_pool *pool, int32_t slot, const le_array *x, int32_t transposed,
                                int32_t accumulate, const le_array *y) {
   return with("batched_lora_delta", "pool", pool, [&](le::AdapterPool &p) {
+    le::ForwardCall counted;
     le::pool_forward_slot(p, slot, x, transposed != 0, accumulate != 0, y);
   });
 }
@@ -310,7 +323,9 @@ le_status le_pool_adapt(le_pool *pool, const le_array *x, const le_array *grad, 
   return with(op, "pool", pool, [&](le::AdapterPool &p) {
     require(op, "step", step);
     require(op, "outcomes", outcomes);
+    le::AdaptCall counted;
     le::pool_adapt(p, x, grad, ids, weights, *step, ewc_of(op, *step), outcomes);
+    le::count_skipped(outcomes, ids->shape[0]);
   });
 }
 
@@ -321,7 +336,9 @@ le_status le_pool_adapt_slot(le_pool *pool, int32_t slot, const le_array *x, con
     require(op, "step", step);
     require(op, "outcome", outcome);
     require(op, "grad_norm", grad_norm);
+    le::AdaptCall counted;
     le::pool_adapt_slot(p, slot, x, grad, *step, ewc_of(op, *step), {}, outcome, grad_norm);
+    le::count_skipped(outcome, 1);
   });
 }
 
@@ -335,7 +352,9 @@ le_status le_pool_adapt_slot_observed(le_pool *pool, int32_t slot, const le_arra
     require(op, "v", v);
     require(op, "outcome", outcome);
     require(op, "grad_norm", grad_norm);
+    le::AdaptCall counted;
     le::pool_adapt_slot(p, slot, x, grad, *step, ewc_of(op, *step), {u, v}, outcome, grad_norm);
+    le::count_skipped(outcome, 1);
   });
 }
 

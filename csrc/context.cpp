@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "adapter_pool.h"
+#include "counters.h"
 
 namespace le {
 namespace {
@@ -23,8 +24,10 @@ Registry &registry() {
 void before_fork() {
   registry().mutex.lock();
   for (Context *c : registry().contexts) c->hold_for_fork();
+  hold_counters();
 }
 void after_fork(bool in_child) {
+  release_counters();
   for (Context *c : registry().contexts) c->release_after_fork(in_child);
   registry().mutex.unlock();
 }
@@ -74,6 +77,13 @@ void Context::add_pool(AdapterPool *pool) {
 void Context::remove_pool(AdapterPool *pool) {
   std::lock_guard<std::mutex> lock(mutex_);
   pools_.erase(std::remove(pools_.begin(), pools_.end(), pool), pools_.end());
+}
+
+int64_t Context::resident() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  int64_t live = 0;
+  for (AdapterPool *p : pools_) live += p->info().live;
+  return live;
 }
 
 // The job first: its tasks take slot locks, so it could not end were they held.

@@ -44,6 +44,8 @@ class Context {
   void add_pool(AdapterPool *pool);
   void remove_pool(AdapterPool *pool);
 
+  int64_t resident();  // adapters in its pools
+
   void hold_for_fork();
   void release_after_fork(bool in_child);
 

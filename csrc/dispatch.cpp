@@ -69,6 +69,9 @@ const IsaEntry isa_table[] = {
 #ifdef LE_ISA_AVX512_BF16
     {&kernels_avx512_bf16, has_avx512_bf16},
 #endif
+#ifdef LE_ISA_NEON
+    {&kernels_neon, always},
+#endif
     {nullptr, nullptr},
 };
 

@@ -11,6 +11,16 @@ using namespace nb::literals;
 using le_py::check;
 using le_py::context;
 
+namespace {
+
+nb::tuple op_counters(const le_op_counters &op) {
+  nb::list buckets;
+  for (uint64_t n : op.buckets) buckets.append(n);
+  return nb::make_tuple(op.calls, op.timed, op.seconds, buckets);
+}
+
+}  // namespace
+
 NB_MODULE(_C, m) {
   nb::set_leak_warnings(false);  // the library prints nothing; a pool may live until exit
   le_py::init_arrays();
@@ -45,5 +55,14 @@ NB_MODULE(_C, m) {
         check(le_set_tuning(context(), bytes_per_thread, tile_rows));
       },
       "bytes_per_thread"_a, "tile_rows"_a);
+  m.def(
+      "counters",
+      [] {
+        le_counters c;
+        check(le_get_counters(context(), &c));
+        return nb::make_tuple(op_counters(c.forward), op_counters(c.adapt), c.skipped, c.resident);
+      },
+      nb::sig("def counters() -> tuple[tuple[int, int, float, list[int]],"
+              " tuple[int, int, float, list[int]], int, int]"));
   m.def("abi_version", &le_abi_version);
 }

@@ -37,6 +37,15 @@ def threads():
     le.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """For models whose layers are small: on a busy machine torch's threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=["cpu", "reference"])
 def backend(request):
     """Runs a module's tests on both backends."""

@@ -1,10 +1,8 @@
-"""What the tests on whole models share: tiny ones from configurations, MiniLM, PEFT's adapters."""
+"""What the tests on whole models share: tiny ones from configurations, and MiniLM."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,24 +10,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 
 import pytest
 import torch
+from helpers_files import quietly
 
 transformers = pytest.importorskip("transformers", reason="the extra [hf] is not installed")
 
 VOCAB = 97
-# What PEFT is told to adapt in each of the tiny models: all kinds of layers, MLP too.
-TARGETS = {
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "bert": ["query", "value", "output.dense"],
-}
-TINY = tuple(TARGETS)
-
-
-def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """PEFT's and transformers' own warnings are not ours to fail on."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return call(*args, **kwargs)
+TINY = ("llama", "gpt2", "bert")
 
 
 def tiny(kind: str, dtype: str = "float32", seed: int = 0) -> Any:

@@ -16,6 +16,8 @@ import lora_engine as le
 from lora_engine.attached import layers
 from lora_engine.quant.bitsandbytes_layer import is_linear4bit
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 KINDS = ("llama", "gpt2", "bert")
 ROWS = ["a", "__base__", {"a": 0.5, "b": -0.25}]
 
@@ -113,6 +115,50 @@ def test_gradients_reach_the_inputs_as_with_peft(kind):
         found.append(embedded.grad)
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
     assert found[1].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_trained_as_by_peft(kind, layers_of):
+    """QLoRA, each row on its own adapter: the gradients of A and B."""
+    peft, both = adapters(kind)
+    model = layers_of(kind)
+    before = stored(model)
+    handle = le.attach(model, both)
+    trained = {name: handle.parameters(name) for name in both}
+    for name, parameter in peft.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    for m in (model, peft):
+        y = m(**tokens(), adapter_names=["a", "__base__", "b"]).logits
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    layers_ = dict(peft.base_model.model.named_modules())
+    for name, parameters in trained.items():
+        want = [
+            getattr(layers_[path], which)[name].weight.grad
+            for path in both[name].modules
+            for which in ("lora_A", "lora_B")
+        ]
+        for got, grad in zip((p.grad for p in parameters), want, strict=True):
+            torch.testing.assert_close(got, grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()))
+        assert max(float(grad.abs().max()) for grad in want) > 1e-2
+    optimizer = torch.optim.SGD(trained["a"], lr=0.1)
+    was = logits(model, tokens(), adapter_names=["a", "__base__", "b"])
+    optimizer.step()
+    now = logits(model, tokens(), adapter_names=["a", "__base__", "b"])
+    assert bits(now[1:]) == bits(was[1:])
+    assert (now[0] - was[0]).abs().max() > 1e-3  # what is served, by the fused pass too
+    handle.detach()
+    assert stored(model) == before
+
+
+def test_a_packed_weight_is_not_merged_into(layers_of):
+    _, both = adapters("llama")
+    model = layers_of("llama")
+    handle, before = le.attach(model, both), stored(model)
+    served = logits(model, tokens(), adapter_names=ROWS)
+    with pytest.raises(TypeError, match=r"Attached.merge: .*weight: expected .* got torch.uint8"):
+        handle.merge("a")
+    assert stored(model) == before
+    assert bits(logits(model, tokens(), adapter_names=ROWS)) == bits(served)
 
 
 def test_an_attached_packed_model_compiles():

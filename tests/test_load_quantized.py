@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import bits
-from helpers_models import TINY, output, quietly, tiny, tokens, transformers
+from helpers_files import quietly
+from helpers_models import TINY, output, tiny, tokens, transformers
 from helpers_nf4 import bitsandbytes, flat_bytes, same
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_engine as le
 from lora_engine.quant.bitsandbytes_layer import from_linear4bit
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 WEIGHTS = "model.safetensors"
 PATH = {

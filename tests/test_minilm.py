@@ -7,9 +7,12 @@ import copy
 import pytest
 import torch
 from helpers_attach import with_peft
-from helpers_models import cosine, embeddings, minilm, quietly, sentences
+from helpers_files import quietly
+from helpers_models import cosine, embeddings, minilm, sentences
 
 import lora_engine as le
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 PAIRS = [1, 0, 3, 2, 5, 4]  # of SENTENCES: which one means the same
 

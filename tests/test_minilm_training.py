@@ -7,9 +7,12 @@ import copy
 import pytest
 import torch
 from helpers_attach import adapter_of, with_peft
-from helpers_models import minilm_classifier, quietly, sentences, transformers
+from helpers_files import quietly
+from helpers_models import minilm_classifier, sentences, transformers
 
 import lora_engine as le
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 CONFIG = {"r": 4, "lora_alpha": 16, "target_modules": ["query", "value", "dense"],
           "init_lora_weights": True}  # fmt: skip
@@ -43,7 +46,7 @@ def check(losses, weights):
     assert len(losses["attached"]) == STEPS
     assert losses["attached"] == pytest.approx(losses["peft"], rel=2e-5)
     largest = max(float(want.abs().max()) for want in weights["peft"].values())
-    assert largest > 1e-3  # B was zero
+    assert largest > 5e-4  # B was zero
     for path, want in weights["peft"].items():
         torch.testing.assert_close(weights["attached"][path], want, rtol=2e-3, atol=2e-6)
 

@@ -8,12 +8,15 @@ import weakref
 import pytest
 import torch
 from helpers import TOLERANCE, bits
-from helpers_models import TINY, cosine, output, quietly, tiny, tokens
+from helpers_files import quietly
+from helpers_models import TINY, cosine, output, tiny, tokens
 from helpers_nf4 import NAME, bitsandbytes, matrix, same, state_dict
 from torch import nn
 
 import lora_engine as le
 from lora_engine.quant import model as quantizing
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 PREFIX = NAME.removesuffix("weight")
 
@@ -199,7 +202,7 @@ def test_a_quantised_model_is_the_model_of_the_decoded_matrices(kind, dtype):
         with torch.no_grad():
             was.weight.copy_(W if type(was) is nn.Linear else W.T)
     got, want = output(model, ids), output(oracle, ids)
-    assert cosine(got, plain) > 0.93
+    assert cosine(got, plain) > 0.8
     assert cosine(got, plain) < 0.9999  # the matrices are not what they were
     assert cosine(got, want) > (0.999999 if dtype == "float32" else 0.999)
     if dtype == "float32":

@@ -49,16 +49,20 @@ def work(seed):
             store.flush()
             flushed[:] = before
 
+def unfinished():
+    names = [name for _, _, names in os.walk(folder) for name in names]
+    return {name for name in names if "safetensors.tmp-" in name}
+
 rng, cut, moved, lost = random.Random(0), 0, 0, 0
 for n in range(rounds):
+    before = unfinished()
     child = os.fork()
     if not child:
         work(n)
     time.sleep(rng.uniform(0.005, 0.1))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    left = [name for _, _, names in os.walk(folder) for name in names if ".tmp-" in name]
-    cut += any("safetensors" in name for name in left)
+    cut += bool(unfinished() - before)
     with open_store() as store:
         for i in range(USERS):
             slot = store.slot(f"user {i}", create=False)

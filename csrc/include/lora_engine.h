@@ -160,6 +160,29 @@ LE_API int32_t le_limit_threads(int32_t num_threads);
  * share one pass over an adapter's weights (0: 16). No result depends on either. */
 LE_API le_status le_set_tuning(le_context *ctx, int64_t bytes_per_thread, int64_t tile_rows);
 
+/* What the engine did. Counting costs under 1 % of the shortest call; a build with
+ * -DLORA_ENGINE_COUNTERS=OFF does without, and then tells zeros. */
+#define LE_TIMED_EVERY 16      /* calls, of each thread: one of them is timed */
+#define LE_DURATION_BUCKETS 20 /* up to 1, 2, 4 ... 2^19 us; one more holds what took longer */
+
+typedef struct le_op_counters {
+  uint64_t calls;                            /* refused ones included */
+  uint64_t timed;                            /* of them */
+  double seconds;                            /* that the timed ones took */
+  uint64_t buckets[LE_DURATION_BUCKETS + 1]; /* the timed ones, by what they took */
+} le_op_counters;
+
+typedef struct le_counters {
+  le_op_counters forward; /* le_pool_forward, le_pool_forward_slot */
+  le_op_counters adapt;   /* le_pool_adapt, le_pool_adapt_slot, ..._observed */
+  uint64_t skipped;       /* rows of these whose step was not finite, so that nothing was learned */
+  int64_t resident;       /* adapters in the pools of the context, now */
+} le_counters;
+
+/* Since the library was loaded, over all contexts but for `resident`. Threads go on meanwhile:
+ * a call that has not ended may be in one number and not yet in another. */
+LE_API le_status le_get_counters(le_context *ctx, le_counters *out);
+
 /* ---- ops on arrays ------------------------------------------------------ */
 
 /* y = scaling (x A^T) B^T, or y += with accumulate. A and B share a dtype,
@@ -240,7 +263,7 @@ LE_API le_status le_pool_rollback(le_pool *pool, int32_t slot);
  * slices: num_slices views each of A [r, in] and of the transpose of B [r, out], in the pool's
  * dtype; those of a missing slice have ndim 0. They never move. After set, rollback, remove or an
  * adapt with history they are no longer the slot's; set and remove zero them. They are memory that
- * may be read and written until le_view_release. A view borrows its pool: release it first. */
+ * may be read and written until le_view_release (NULL: nothing). A view keeps its pool. */
 typedef struct le_view le_view;
 LE_API le_status le_pool_view(le_pool *pool, int32_t slot, le_array *A, le_array *B_transposed,
                               le_view **out);

@@ -99,8 +99,7 @@ struct Adapted {
 
 class Pool {
  public:
-  Pool(const Context &context, const le_pool_options &options)
-      : num_slices_(options.num_slices) {
+  Pool(const Context &context, const le_pool_options &options) : num_slices_(options.num_slices) {
     le_pool *made = nullptr;
     check(le_pool_create(context.get(), &options, &made));
     handle_.reset(made);

@@ -1,4 +1,5 @@
-// A host that lends the engine its own threads, and starts none of the engine's. lend_threads ADAPTER
+// A host that lends the engine its own threads, and starts none of the engine's. lend_threads
+// ADAPTER
 #include <atomic>
 #include <condition_variable>
 #include <cstdio>
@@ -81,7 +82,8 @@ int main(int argc, char **argv) {
     le_context_options options = LE_CONTEXT_OPTIONS;
     options.threads = &threads;
     lora_engine::Context context(options);
-    lora_engine::check(le_set_tuning(context.get(), 1024, 1));  // so small a stream is worth it, too
+    lora_engine::check(
+        le_set_tuning(context.get(), 1024, 1));  // so small a stream is worth it, too
     std::printf("digest %08x\n", serve_and_teach(context, argv[1]));
     std::fprintf(stderr, "runs on lent threads: %ld\n", pool.runs.load());
     return pool.runs ? 0 : 1;

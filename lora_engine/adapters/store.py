@@ -102,6 +102,11 @@ class AdapterStore:
         state = self._closed or f"{len(self._residents)} of {self._residents.most} resident"
         return f"AdapterStore({str(self.folder)!r}): {state}"
 
+    @property
+    def evictions(self) -> int:
+        """How many adapters have left the pool for others, so far."""
+        return self._residents.evictions
+
     # ---- users' slots ----
 
     def slot(self, user: str, create: bool = True) -> int:

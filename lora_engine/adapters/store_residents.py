@@ -61,6 +61,7 @@ class Residents:
 
     def __init__(self, pool: AdapterPool, most: int) -> None:
         self.pool, self.most = pool, most
+        self.evictions = 0
         self.lock = threading.Lock()
         self.companion: Companion | None = None
         self._users: OrderedDict[str, Resident] = OrderedDict()
@@ -106,6 +107,7 @@ class Residents:
                 room = it.saved == self._version(it)
                 if room:
                     self._leave(it)
+                    self.evictions += 1
                 it.lock.release()
                 looked += 1
                 if room or looked == self._ahead:

@@ -129,9 +129,38 @@ static void errors(void) {
   le_context_destroy(a);
 }
 
+/* What was called and refused is counted; the timed ones are in a bucket each. */
+static void counted(void) {
+  const int64_t outs[] = {4};
+  le_context *ctx = new_context(1);
+  le_pool *pool = new_pool(ctx, 4, 1, outs, LE_FLOAT32, 0);
+  Array A, B, x = drawn(LE_FLOAT32, 1, 4, -1, 1), y = array(LE_FLOAT32, 1, 4);
+  int32_t slot = add_drawn(pool, 4, 4, 1, 1, &A, &B);
+  le_counters before, after;
+  uint64_t timed = 0;
+  CHECK(le_get_counters(ctx, NULL) == LE_ERROR_VALUE &&
+        le_get_counters(NULL, &before) == LE_ERROR_VALUE);
+  CHECK(le_get_counters(ctx, &before) == LE_OK && before.resident == 1);
+  for (int i = 0; i < 3 * LE_TIMED_EVERY; ++i)
+    CHECK(le_pool_forward_slot(pool, slot + i % 2, &x.c, 0, 0, &y.c) ==
+          (i % 2 ? LE_ERROR_INDEX : LE_OK));
+  CHECK(le_get_counters(ctx, &after) == LE_OK);
+  if (after.forward.calls != 0) { /* or a build without */
+    CHECK(after.forward.calls == before.forward.calls + 3 * LE_TIMED_EVERY);
+    CHECK(after.forward.timed == before.forward.timed + 3);
+    for (int b = 0; b <= LE_DURATION_BUCKETS; ++b) timed += after.forward.buckets[b];
+    CHECK(timed == after.forward.timed && after.forward.seconds > 0);
+  }
+  array_free(&A), array_free(&B), array_free(&x), array_free(&y);
+  le_pool_destroy(pool);
+  CHECK(le_get_counters(ctx, &after) == LE_OK && after.resident == 0);
+  le_context_destroy(ctx);
+}
+
 void test_context(void) {
   versions();
   options();
   lent();
   errors();
+  counted();
 }

@@ -128,6 +128,44 @@ static void one_slot(void) {
   done(&l);
 }
 
+/* The same, the samples' Fisher factors added up with it; not where nothing was applied. */
+static void observed(void) {
+  Learner l = learner(0);
+  const le_step step = {0.125f, 1, 0, 0, 1, NULL};
+  uint8_t outcome = 99;
+  double norm = -1;
+  Array u = drawn(LE_FLOAT32, 2, out, 1, 1), v = drawn(LE_FLOAT32, 2, in, 1, 1);
+  le_array x = l.x.c, grad = l.grad.c;
+  x.shape[0] = grad.shape[0] = 2;
+  CHECK(le_pool_adapt_slot_observed(l.pool, 0, &x, &grad, &step, NULL, &v.c, &outcome, &norm) ==
+        LE_ERROR_VALUE);
+  CHECK(le_pool_adapt_slot_observed(l.pool, 0, &x, &grad, &step, &u.c, &v.c, &outcome, &norm) ==
+        LE_OK);
+  CHECK(outcome == LE_APPLIED);
+  for (int o = 0; o < out; ++o) {
+    double want = 1 + at(&l.grad, 0, o) * at(&l.grad, 0, o) + at(&l.grad, 1, o) * at(&l.grad, 1, o);
+    CHECK(near(LE_FLOAT32, at(&u, 0, o), want, 1) && at(&u, 1, o) == 1);
+  }
+  for (int k = 0; k < in; ++k) {
+    double want = 1 + at(&l.x, 0, k) * at(&l.x, 0, k) + at(&l.x, 1, k) * at(&l.x, 1, k);
+    CHECK(near(LE_FLOAT32, at(&v, 0, k), want, 1) && at(&v, 1, k) == 1);
+  }
+  memset(l.gA, 0, sizeof l.gA), memset(l.gB, 0, sizeof l.gB);
+  for (int i = 0; i < 2; ++i) {
+    double row[in], up[out];
+    row_of(&l.x, i, row), row_of(&l.grad, i, up);
+    add_gradients(&l.A, &l.B, 0.25, row, up, l.gA, l.gB);
+  }
+  moved(&l, 0.125, 0.125, 1, 0);
+  ((float *)grad.data)[0] = NAN;
+  Array before = copy_of(&u);
+  CHECK(le_pool_adapt_slot_observed(l.pool, 0, &x, &grad, &step, &u.c, &v.c, &outcome, &norm) ==
+        LE_OK);
+  CHECK(outcome == LE_NOT_FINITE && same(&u, &before));
+  array_free(&u), array_free(&v), array_free(&before);
+  done(&l);
+}
+
 /* D_0 + 1/4 D_1 + 3/4 D_2, exactly within the rank. */
 static void consolidate(void) {
   le_context *ctx = new_context(2);
@@ -162,5 +200,6 @@ void test_learning(void) {
   batched();
   gradients();
   one_slot();
+  observed();
   consolidate();
 }

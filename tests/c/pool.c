@@ -127,10 +127,64 @@ static void sliced(le_context *ctx) {
   le_pool_destroy(pool);
 }
 
+/* Several removed at once, or none. */
+static void removed_together(le_context *ctx) {
+  const int64_t outs[] = {out};
+  le_pool *pool = new_pool(ctx, in, 1, outs, LE_FLOAT32, 0);
+  Array A, B, slots = array(LE_INT32, 0, 2);
+  le_pool_info info;
+  for (int s = 0; s < 3; ++s) {
+    CHECK(add_drawn(pool, in, out, 1, 1, &A, &B) == s);
+    array_free(&A), array_free(&B);
+  }
+  set(&slots, 0, 0, 2), set(&slots, 0, 1, 7);
+  REFUSED(ctx, LE_ERROR_INDEX, "got 7", le_pool_remove_all(pool, &slots.c));
+  CHECK(le_pool_remove_all(pool, NULL) == LE_ERROR_VALUE);
+  CHECK(le_pool_get_info(pool, &info) == LE_OK && info.live == 3);
+  set(&slots, 0, 1, 0);
+  CHECK(le_pool_remove_all(pool, &slots.c) == LE_OK);
+  CHECK(le_pool_get_info(pool, &info) == LE_OK && info.live == 1);
+  CHECK(add_drawn(pool, in, out, 1, 1, &A, &B) != 1);
+  array_free(&A), array_free(&B), array_free(&slots);
+  le_pool_destroy(pool);
+}
+
+/* The weights where they lie: stepped in place, zeroed with the slot, there until the view goes. */
+static void viewed(le_context *ctx) {
+  const int64_t outs[] = {out};
+  le_pool *pool = new_pool(ctx, in, 1, outs, LE_FLOAT32, 0);
+  Array A, B, A2 = array(LE_FLOAT32, 2, in), B2 = array(LE_FLOAT32, out, 2);
+  int32_t slot = add_drawn(pool, in, out, 2, 1, &A, &B);
+  le_array a, bt;
+  le_view *view = NULL, *second = NULL;
+  float scaling;
+  CHECK(le_pool_view(pool, slot, &a, &bt, NULL) == LE_ERROR_VALUE);
+  CHECK(le_pool_view(pool, slot, NULL, &bt, &view) == LE_ERROR_VALUE && view == NULL);
+  CHECK(le_pool_view(pool, 5, &a, &bt, &view) == LE_ERROR_INDEX);
+  CHECK(le_pool_view(pool, slot, &a, &bt, &view) == LE_OK);
+  CHECK(le_pool_view(pool, slot, &a, &bt, &second) == LE_OK);
+  CHECK(a.shape[0] == 2 && a.shape[1] == in && bt.shape[0] == 2 && bt.shape[1] == out);
+  for (int r = 0; r < 2; ++r) {
+    for (int k = 0; k < in; ++k) CHECK(((float *)a.data)[r * a.strides[0] + k] == at(&A, r, k));
+    for (int o = 0; o < out; ++o) CHECK(((float *)bt.data)[r * bt.strides[0] + o] == at(&B, o, r));
+  }
+  ((float *)a.data)[3] = 42;
+  CHECK(le_pool_get(pool, slot, &A2.c, &B2.c, &scaling) == LE_OK && at(&A2, 0, 3) == 42);
+  CHECK(le_pool_remove(pool, slot) == LE_OK && ((float *)a.data)[3] == 0);
+  le_view_release(second);
+  le_pool_destroy(pool);
+  CHECK(((float *)a.data)[3] == 0); /* still there */
+  le_view_release(view);
+  le_view_release(NULL);
+  array_free(&A), array_free(&B), array_free(&A2), array_free(&B2);
+}
+
 void test_pool(void) {
   le_context *ctx = new_context(2);
   for (int32_t dtype = LE_FLOAT32; dtype <= LE_FLOAT16; ++dtype) slots(ctx, dtype);
   for (int bits = 0; bits < 8; ++bits) forward(ctx, bits & 1, bits >> 1 & 1, bits >> 2);
   sliced(ctx);
+  removed_together(ctx);
+  viewed(ctx);
   le_context_destroy(ctx);
 }
