@@ -245,3 +245,22 @@ def test_threads_serve_names_of_their_own():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_more_adapters_than_tables_begin_with_and_layers_without_them():
+    """Each names one of two layers; numbers of freed ones are used again."""
+    model = bare((3, 3), (3, 3))
+    plain = copy.deepcopy(model)
+    weights = [drawn((3, 3), 1, i) for i in range(150)]
+    adapters = {str(i): Adapter({str(i % 2): w}) for i, w in enumerate(weights)}
+    handle = le.attach(model, adapters)
+    for i in range(0, 60, 3):
+        handle.remove(str(i))
+        handle.add(str(i), adapters[str(i)])
+    x = torch.randn(150, 3)
+    with torch.no_grad():
+        got = model(x, adapter_names=[str(i) for i in range(150)])
+        for i, w in enumerate(weights):
+            h = plain[0](x[i]) + (0 if i % 2 else delta(w, x[i]))
+            want = plain[1](h) + (delta(w, h) if i % 2 else 0)
+            torch.testing.assert_close(got[i], want, rtol=1e-4, atol=1e-4)

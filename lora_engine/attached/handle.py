@@ -36,7 +36,9 @@ def attached_class(front: type, base: type) -> Any:
     """``base`` with ``front`` before it, under the name of ``base``."""
     if (front, base) in _classes:
         return _classes[front, base]
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    # torch's own name would make the compiler take sizes in the layer, of tables, for constants.
+    module = __name__ if base.__module__.startswith("torch.") else base.__module__
+    names = {"__module__": module, "__qualname__": base.__qualname__}
     return _classes.setdefault((front, base), type(base.__name__, (front, base), names))
 
 
@@ -163,6 +165,14 @@ class Attached:
         module._lora = state  # type: ignore[assignment]
         module.__class__ = attached_class(kind, state.base_class)
         self._layers[path] = module
+        if any(isinstance(m, torch.nn.TransformerEncoderLayer) for m in self._above(path)):
+            # Its fast path reads the weights past forward, but not where there is a hook.
+            state.hook = module.register_forward_pre_hook(_nothing)
+
+    def _above(self, path: str) -> Iterable[torch.nn.Module]:
+        """The modules that a path leads through."""
+        steps = path.split(".")
+        return (self.model.get_submodule(".".join(steps[:i])) for i in range(len(steps)))
 
     def remove(self, name: str) -> None:
         """Removes an adapter; a call that has begun with it ends with it.
@@ -382,6 +392,8 @@ class Attached:
             for module in self._layers.values():
                 state: Any = module._lora
                 module.__class__ = state.base_class
+                if state.hook is not None:
+                    state.hook.remove()
                 del module._lora
             for module in self._checkpointed:
                 module.__class__ = module.__class__.__bases__[1]
@@ -390,6 +402,10 @@ class Attached:
             self._active = None
             self._changed()
         self._shelf.sweep()
+
+
+def _nothing(module: torch.nn.Module, args: Any) -> None:
+    """A hook."""
 
 
 def _frozen(name: Any) -> Any:

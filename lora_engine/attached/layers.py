@@ -34,6 +34,7 @@ class LayerState:
         self.path, self.calls, self.base_class = path, calls, base_class
         self.packed = packed
         self.placements: dict[str, Placement] = {}  # by the dtype of the pool
+        self.hook: Any = None
 
 
 class Delta(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections import deque
@@ -39,11 +38,12 @@ class Placement:
         torch._dynamo.maybe_mark_dynamic(table, 0)  # one that grew compiles nothing anew
         return table
 
+    def make_room(self, numbers: int) -> None:
+        larger = self._new(numbers, self.table.device)
+        larger[: len(self.table)] = self.table
+        self.table = larger
+
     def put(self, number: int, slot: int) -> None:
-        if number >= len(self.table):
-            larger = self._new(2 * max(number, len(self.table)), self.table.device)
-            larger[: len(self.table)] = self.table
-            self.table = larger
         self.table[number] = slot
         self.slots[number] = slot
 
@@ -157,6 +157,8 @@ class Shelf:
         self.lock = threading.RLock()
         self.pools: dict[tuple[Any, ...], AdapterPool] = {}
         self._next = 1  # a number; 0 is none
+        self._room = _FIRST  # of every table: a layer is also asked for numbers it has no slot of
+        self._placements: list[Placement] = []
         self._free: deque[int] = deque()
         self.dropped: deque[tuple[int, list[Placement]]] = deque()
 
@@ -172,8 +174,8 @@ class Shelf:
             key = (*sizes, dtype, device)
             if key not in self.pools:
                 self.pools[key] = AdapterPool(*sizes, dtype=dtype, device=device)
-            room = _FIRST * 2 ** max(0, math.ceil(math.log2(self._next / _FIRST)))
-            placements[dtype] = Placement(self.pools[key], room, device)
+            placements[dtype] = Placement(self.pools[key], self._room, device)
+            self._placements.append(placements[dtype])
         return placements[dtype]
 
     def place(
@@ -187,6 +189,10 @@ class Shelf:
         self.sweep()
         number = self._free.popleft() if self._free else self._next
         self._next = max(self._next, number + 1)
+        if self._next > self._room:
+            self._room *= 2
+            for placement in self._placements:
+                placement.make_room(self._room)
         placed = Placed(adapter, number, paths, device)
         done: list[Placement] = []
         weakref.finalize(placed, self.dropped.append, (number, done)).atexit = False
