@@ -10,6 +10,7 @@ from bench import (
     cases_merge,
     cases_nf4,
     cases_pool_adapt,
+    cases_sona,
 )
 
 CASES = (
@@ -20,6 +21,7 @@ CASES = (
     *cases_nf4.CASES,
     *cases_fisher.CASES,
     *cases_consolidate.CASES,
+    *cases_sona.CASES,
     *cases_merge.CASES,
     *cases_import.CASES,
 )

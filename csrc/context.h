@@ -5,6 +5,7 @@
 #include <mutex>
 #include <vector>
 
+#include "kept_memory.h"
 #include "memory.h"
 #include "thread_pool.h"
 
@@ -26,6 +27,7 @@ class Context {
 
   ThreadPool threads;
   Memory memory;
+  KeptMemory kept;
 
   uint64_t id() const { return id_; }  // no other context's, ever
   void log(le_log_level level, const char *text) const noexcept {

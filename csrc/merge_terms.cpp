@@ -2,11 +2,7 @@
 
 #include <cmath>
 #include <cstring>
-#include <new>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <limits>
 
 #include "dispatch.h"
 
@@ -67,32 +63,34 @@ std::vector<int32_t> read_slots(AdapterPool &pool, int32_t base, const le_array 
   return ids;
 }
 
-std::vector<double> read_weights(const le_array *weights, int64_t adapters) {
-  const char *symbols = "[K + 1]";
-  Rows w = matrix(kOp, "weights", weights, 1, adapters, symbols);
-  check_dtype(kOp, "weights", w.dtype, LE_FLOAT32, "");
+// A number of each adapter.
+std::vector<double> read_numbers(const char *arg, const le_array *from, int64_t adapters,
+                                 float least, const char *expected) {
+  Rows numbers = matrix(kOp, arg, from, 1, adapters, "[K + 1]");
+  check_dtype(kOp, arg, numbers.dtype, LE_FLOAT32, "");
   std::vector<double> values;
   for (int64_t i = 0; i < adapters; ++i) {
     float value;
-    std::memcpy(&value, w.at(0, i), sizeof value);
-    if (!(value >= 0.0f && value <= 3.4e38f))
-      fail(LE_ERROR_VALUE, "%s: weights: expected finite values of 0 or more, got %g", kOp, value);
+    std::memcpy(&value, numbers.at(0, i), sizeof value);
+    if (!(value >= least && value <= 3.4e38f))
+      fail(LE_ERROR_VALUE, "%s: %s: expected finite values %s, got %g", kOp, arg, expected, value);
     values.push_back(value);
   }
   return values;
 }
 
-// The Fisher factors of one side, a row a slot, and the mean of each row times sqrt(weight).
+// The Fisher factors of one side, a row a slot, what each row is multiplied by (sqrt(weight) over
+// the samples that it is a sum of), and the mean of the product.
 struct FisherSide {
   const char *arg;
   Rows rows;
-  std::vector<double> means;
+  std::vector<double> factors, means;
   double scale = 1;  // brings the largest mean to 1: no product of the two sides underflows
 };
 
 FisherSide read_fisher(const Kernels &k, const char *arg, const le_array *from, int64_t n,
-                       const std::vector<int32_t> &ids, const std::vector<double> &weights) {
-  FisherSide side{arg, matrix(kOp, arg, from, -1, n, "[slots, n]"), {}};
+                       const std::vector<int32_t> &ids, const std::vector<double> &factors) {
+  FisherSide side{arg, matrix(kOp, arg, from, -1, n, "[slots, n]"), factors, {}};
   check_dtype(kOp, arg, side.rows.dtype, LE_FLOAT32, "");
   std::vector<float> copy(static_cast<size_t>(n));
   double largest = 0;
@@ -104,7 +102,7 @@ FisherSide read_fisher(const Kernels &k, const char *arg, const le_array *from, 
     if (mean < 0)
       fail(LE_ERROR_VALUE, "%s: %s: expected finite values of 0 or more, got others for slot %d",
            kOp, arg, ids[i]);
-    side.means.push_back(std::sqrt(weights[i]) * mean);
+    side.means.push_back(factors[i] * mean);
     largest = std::max(largest, side.means.back());
   }
   if (largest > 0) side.scale = 1 / largest;
@@ -112,11 +110,11 @@ FisherSide read_fisher(const Kernels &k, const char *arg, const le_array *from, 
 }
 
 void write_fisher(const Kernels &k, const FisherSide &from, const std::vector<int32_t> &ids,
-                  const std::vector<double> &weights, double pull, MergeSide *to) {
+                  double pull, MergeSide *to) {
   std::vector<float> copy(static_cast<size_t>(to->n));
   for (size_t i = 0; i < ids.size(); ++i)
     to->write(static_cast<int64_t>(i), float_row(k, from.rows, ids[i], copy.data()),
-              std::sqrt(weights[i]) * from.scale);
+              from.factors[i] * from.scale);
   std::fill(copy.begin(), copy.end(), 1.0f);
   to->write(static_cast<int64_t>(ids.size()), copy.data(), std::sqrt(pull));
 }
@@ -143,17 +141,10 @@ std::vector<int32_t> read_ranks(AdapterPool &pool, const std::vector<int32_t> &i
 
 }  // namespace
 
-void MergeSide::allocate(int64_t columns, int64_t rows_a_tile) {
-  constexpr size_t kPage = 2 << 20;
+void MergeSide::allocate(KeptMemory &from, int64_t columns, int64_t rows_a_tile) {
   n = columns;
   rows = rows_a_tile;
-  size_t bytes = static_cast<size_t>(tiles() * rows * kMergeTile) * sizeof(float);
-  bytes = (bytes + kPage - 1) / kPage * kPage;
-  data.reset(static_cast<float *>(std::aligned_alloc(kPage, bytes)));
-  if (!data) throw std::bad_alloc();
-#if defined(__linux__)
-  madvise(data.get(), bytes, MADV_HUGEPAGE);
-#endif
+  data = from.take(static_cast<size_t>(tiles() * rows * kMergeTile) * sizeof(float));
 }
 
 void MergeSide::write(int64_t row, const float *values, double scale) {
@@ -173,7 +164,7 @@ MergeTerms read_terms(AdapterPool &pool, int32_t base, const le_merge &input) {
   std::vector<int32_t> ranks = read_ranks(pool, ids);
   MergeTerms terms;
   terms.adapters = static_cast<int64_t>(ids.size());
-  terms.weights = read_weights(input.weights, terms.adapters);
+  terms.weights = read_numbers("weights", input.weights, terms.adapters, 0.0f, "of 0 or more");
   if (present(input.u) != present(input.v))
     fail(LE_ERROR_VALUE, "%s: u, v: expected both or neither, got one", kOp);
   bool weighted = present(input.u);
@@ -181,8 +172,13 @@ MergeTerms read_terms(AdapterPool &pool, int32_t base, const le_merge &input) {
   FisherSide u, v;
   double total = 0;
   if (weighted) {
-    u = read_fisher(k, "u", input.u, out, ids, terms.weights);
-    v = read_fisher(k, "v", input.v, in, ids, terms.weights);
+    std::vector<double> factors(ids.size(), 1.0);
+    if (present(input.samples))
+      factors = read_numbers("samples", input.samples, terms.adapters,
+                             std::numeric_limits<float>::min(), "above 0");
+    for (size_t i = 0; i < ids.size(); ++i) factors[i] = std::sqrt(terms.weights[i]) / factors[i];
+    u = read_fisher(k, "u", input.u, out, ids, factors);
+    v = read_fisher(k, "v", input.v, in, ids, factors);
     for (size_t i = 0; i < ids.size(); ++i) total += u.means[i] * v.means[i] * u.scale * v.scale;
     terms.fishers = terms.adapters + 1;
   }
@@ -190,12 +186,12 @@ MergeTerms read_terms(AdapterPool &pool, int32_t base, const le_merge &input) {
     terms.owner.insert(terms.owner.end(), static_cast<size_t>(ranks[i]), static_cast<int32_t>(i));
   terms.factors = static_cast<int64_t>(terms.owner.size());
   terms.base_rank = ranks[0];
-  terms.b.allocate(out, terms.fishers + terms.factors);
-  terms.a.allocate(in, terms.fishers + terms.factors);
+  terms.b.allocate(pool.context().kept, out, terms.fishers + terms.factors);
+  terms.a.allocate(pool.context().kept, in, terms.fishers + terms.factors);
   if (weighted) {
     double pull = total > 0 ? kBasePull * total : 1.0;
-    write_fisher(k, u, ids, terms.weights, pull, &terms.b);
-    write_fisher(k, v, ids, terms.weights, pull, &terms.a);
+    write_fisher(k, u, ids, pull, &terms.b);
+    write_fisher(k, v, ids, pull, &terms.a);
   }
   std::vector<float> copy(static_cast<size_t>(std::max(in, out)));
   int64_t row = terms.fishers;

@@ -1,8 +1,6 @@
 // The adapters of a merge as they were at one moment, laid out for sums over all of them.
 #pragma once
 
-#include <cstdlib>
-
 #include "adapter_pool.h"
 #include "small_matrix.h"
 
@@ -10,21 +8,17 @@ namespace le {
 
 constexpr int64_t kMergeTile = 256;  // columns
 
-struct FreeMemory {
-  void operator()(void *p) const { std::free(p); }
-};
-
 // One side of every adapter, A [r, in] or the transpose of s B [r, out]. A tile of columns holds
 // first a row of Fisher factors an adapter (none without Fisher), then all factors' rows, one
 // adapter after another: one pass over the memory in order reads everything.
 struct MergeSide {
   int64_t n = 0, rows = 0;
-  std::unique_ptr<float[], FreeMemory> data;
+  KeptMemory::Buffer data;
 
-  void allocate(int64_t columns, int64_t rows_a_tile);
+  void allocate(KeptMemory &from, int64_t columns, int64_t rows_a_tile);
   int64_t tiles() const { return (n + kMergeTile - 1) / kMergeTile; }
   int64_t width(int64_t tile) const { return std::min(kMergeTile, n - tile * kMergeTile); }
-  float *tile(int64_t t) const { return data.get() + t * rows * kMergeTile; }
+  float *tile(int64_t t) const { return data.floats() + t * rows * kMergeTile; }
   void write(int64_t row, const float *values, double scale);
 };
 

@@ -12,14 +12,16 @@ namespace {
 
 // (A, B, versions, subspace sweeps, sweeps). The whole call is made without the GIL.
 nb::tuple consolidate(nb::handle pool, int32_t base, nb::handle slots, nb::handle weights,
-                      nb::handle u, nb::handle v, int32_t rank, float scaling, int32_t max_sweeps,
-                      float tolerance, int32_t num_threads, nb::object A, nb::object B) {
+                      nb::handle u, nb::handle v, nb::handle samples, int32_t rank, float scaling,
+                      int32_t max_sweeps, float tolerance, int32_t num_threads, nb::object A,
+                      nb::object B) {
   const char *op = "consolidate";
   Array s = as_array(slots, op, "slots"), w = as_array(weights, op, "weights");
   Array ua = as_optional_array(u, op, "u"), va = as_optional_array(v, op, "v");
+  Array na = as_optional_array(samples, op, "samples");
   Array a = as_array(A, op, "A"), b = as_array(B, op, "B");
-  le_merge merge{s.ptr(), w.ptr(),    ua.ptr(),  va.ptr(),   rank,
-                 scaling, max_sweeps, tolerance, num_threads};
+  le_merge merge{s.ptr(), w.ptr(), ua.ptr(),   va.ptr(),  na.ptr(),
+                 rank,    scaling, max_sweeps, tolerance, num_threads};
   std::vector<uint64_t> versions(static_cast<size_t>(s.width() + 1));
   le_merge_info info{};
   le_pool *handle = pool_handle(pool);
@@ -33,8 +35,8 @@ nb::tuple consolidate(nb::handle pool, int32_t base, nb::handle slots, nb::handl
 
 void bind_consolidate(nb::module_ &m) {
   m.def("consolidate", &consolidate, "pool"_a.none(), "base"_a, "slots"_a.none(),
-        "weights"_a.none(), "u"_a.none(), "v"_a.none(), "rank"_a, "scaling"_a, "max_sweeps"_a,
-        "tolerance"_a, "num_threads"_a, "A"_a, "B"_a);
+        "weights"_a.none(), "u"_a.none(), "v"_a.none(), "samples"_a.none(), "rank"_a, "scaling"_a,
+        "max_sweeps"_a, "tolerance"_a, "num_threads"_a, "A"_a, "B"_a);
 }
 
 }  // namespace le_py

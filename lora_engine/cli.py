@@ -36,16 +36,32 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    if args.serve is not None and not args.text:
+        print("demo: --serve: expected --text with it", file=sys.stderr)
+        return 2
+    extra = "text" if args.text else "demo"
     try:
         if args.learning:
             from lora_engine.evidence import report
 
             return report.run(out=args.out)
+        if args.text:
+            return _text_demo(args)
         from lora_engine import demo
     except ModuleNotFoundError as missing:
-        print(f"the demo needs {missing.name}: pip install 'lora-engine[demo]'", file=sys.stderr)
+        print(f"the demo needs {missing.name}: pip install 'lora-engine[{extra}]'", file=sys.stderr)
         return 1
     return demo.run(rounds=args.rounds, out=args.out)
+
+
+def _text_demo(args: argparse.Namespace) -> int:
+    if args.serve is not None:
+        from lora_engine.text_demo import serve
+
+        return serve.run(args.serve, args.out)
+    from lora_engine.text_demo import report
+
+    return report.run(out=args.out)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -84,6 +100,19 @@ def main(argv: list[str] | None = None) -> int:
         "--learning",
         action="store_true",
         help="instead: experiments on what learning keeps and gains, with pictures; minutes",
+    )
+    demo.add_argument(
+        "--text",
+        action="store_true",
+        help="instead: search in Python's documentation that learns from clicks, with MiniLM",
+    )
+    demo.add_argument(
+        "--serve",
+        type=int,
+        nargs="?",
+        const=8417,
+        metavar="PORT",
+        help="with --text: as a page on this machine's loopback alone (port 8417)",
     )
     demo.set_defaults(run=_demo)
     inspect = commands.add_parser(

@@ -109,7 +109,7 @@ class LeNf4(c.Structure):
 
 class LeMerge(c.Structure):
     _fields_ = [
-        *((name, c.POINTER(LeArray)) for name in ("slots", "weights", "u", "v")),
+        *((name, c.POINTER(LeArray)) for name in ("slots", "weights", "u", "v", "samples")),
         ("rank", c.c_int32),
         ("scaling", c.c_float),
         ("max_sweeps", c.c_int32),
@@ -291,7 +291,7 @@ def test_consolidate(handles):
         deltas.append(0.5 * B @ A)
     slots, weights = np.array([1, 2], "i4"), np.array([0, 0.25, 0.75], "f4")
     keep = view(slots), view(weights)
-    merge = LeMerge(c.pointer(keep[0]), c.pointer(keep[1]), None, None, 6, 1.0, 9, 1e-6, 1)
+    merge = LeMerge(c.pointer(keep[0]), c.pointer(keep[1]), None, None, None, 6, 1.0, 9, 1e-6, 1)
     A, B = np.full((6, 16), np.nan, "f4"), np.full((8, 6), np.nan, "f4")
     versions, info = np.zeros(3, "u8"), np.zeros(2, "i4")
     told = versions.ctypes.data, info.ctypes.data
@@ -307,7 +307,7 @@ def test_consolidate(handles):
         (pool, 0, merge, None, view(B), *told),
         (pool, 0, merge, view(A), view(B), None, told[1]),
         (pool, 0, merge, view(A), view(B), told[0], None),
-        (pool, 0, LeMerge(None, c.pointer(keep[1]), None, None, 6, 1.0, 9, 1e-6, 1), view(A),
+        (pool, 0, LeMerge(None, c.pointer(keep[1]), None, None, None, 6, 1.0, 9, 1e-6, 1), view(A),
          view(B), *told),
     ):  # fmt: skip
         assert LIB.le_consolidate(*arguments) == VALUE

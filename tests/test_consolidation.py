@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers import bits
 
 import lora_engine as le
 from lora_engine import reference_consolidation as reference
@@ -172,6 +173,39 @@ def test_pools_elsewhere_merge_by_the_reference(strategy, monkeypatch):
     got = consolidate(pool, 0, [1, 2], strategy, **given, **PRECISE)
     assert got.versions == ours.versions
     assert gap(got.B @ got.A, ours.B @ ours.A) < 1e-3
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_sums_and_how_many_are_as_good_as_means(elsewhere, monkeypatch):
+    rng = np.random.default_rng(17)
+    pool, _ = filled(rng, 30, 40, [2, 1, 3])
+    given = settings(rng, 2, 30, 40)
+    if elsewhere:
+        monkeypatch.setattr(pool, "_backend", object())
+    want = consolidate(pool, 0, [1, 2], **given, **PRECISE)
+    for factor in (given["u"], given["v"]):
+        factor[1:] *= given["samples"][:, None].astype("f4")
+    got = consolidate(pool, 0, [1, 2], **given, summed=True, **PRECISE)
+    assert gap(got.B @ got.A, want.B @ want.A) < 1e-4
+    other = consolidate(pool, 0, [1, 2], **given, **PRECISE)
+    assert gap(other.B @ other.A, want.B @ want.A) > 1e-2
+
+
+def test_a_large_merge_in_memory_that_was_used_before_is_the_same():
+    """Above 8 MiB a side the memory is kept, with what was in it."""
+    rng = np.random.default_rng(18)
+    pool, _ = filled(rng, 4096, 4096, [2] * 241)
+    given = settings(rng, 240, 4096, 4096)
+    slots = np.arange(1, 241)
+    first = consolidate(pool, 0, slots, **given, max_sweeps=1)
+    for factor in (given["u"], given["v"]):
+        factor *= 4.0
+    consolidate(pool, 0, slots[::-1], **given, max_sweeps=1)
+    for factor in (given["u"], given["v"]):
+        factor /= 4.0
+    again = consolidate(pool, 0, slots, **given, max_sweeps=1)
+    assert bits(again.A) == bits(first.A)
+    assert bits(again.B) == bits(first.B)
 
 
 @pytest.mark.parametrize("strategy", ["average", "ewc_merge"])

@@ -100,12 +100,13 @@ def test_refusals_leave_the_outputs_alone(pool):
     for changes in (
         {"v": v}, {"v": None}, {"scaling": 0.0}, {"scaling": np.inf}, {"A": np.ones((3, IN), "f4")},
         {"B": A}, {"A": np.broadcast_to(np.ones(IN, "f4"), (2, IN))}, {"weights": np.ones(2, "f4")},
-        {"slots": np.array([], "i4")},
+        {"slots": np.array([], "i4")}, {"samples": np.array([1, 0, 1], "f4")},
+        {"samples": np.array([1, np.nan, 1], "f4")}, {"samples": np.ones(2, "f4")},
     ):  # fmt: skip
         arguments = {
             "pool": pool._storage, "base": 0, "slots": slots, "weights": weights, "u": u, "v": u,
-            "rank": 2, "scaling": 1.0, "max_sweeps": 3, "tolerance": 0.1, "num_threads": 1,
-            "A": A, "B": B,
+            "samples": None, "rank": 2, "scaling": 1.0, "max_sweeps": 3, "tolerance": 0.1,
+            "num_threads": 1, "A": A, "B": B,
         } | {"v": np.ones((3, IN), "f4")} | changes  # fmt: skip
         with pytest.raises(ValueError, match=r"^consolidate: "):
             _C.consolidate(**arguments)

@@ -110,6 +110,32 @@ def test_torch_tensors():
     assert bits(served(sona, 1).astype("f4")) == bits(served(same, 1).astype("f4"))
 
 
+@pytest.mark.parametrize("strategy", ["ewc_merge", "ensemble"])
+def test_bfloat16_teaches_as_the_same_numbers_in_float32(strategy):
+    sona, same = le.Sona(config(consolidation=strategy)), le.Sona(config(consolidation=strategy))
+    for i in range(25):
+        x, g = (torch.from_numpy(row(s, n)).bfloat16() for s, n in ((i, IN), (i + 99, OUT)))
+        for one, (sample, up) in ((sona, (x, g)), (same, (x.float(), g.float()))):
+            assert one.instant_adapt(sample, le.Feedback.from_gradient(up), session=i % 2).applied
+        if i == 12:
+            assert sona.background().applied == same.background().applied
+    for one, other in zip(
+        module(sona).held_out.samples(), module(same).held_out.samples(), strict=True
+    ):
+        assert len(one) == 3
+        assert bits(one) == bits(other)
+    assert bits(served(sona, 1).astype("f4")) == bits(served(same, 1).astype("f4"))
+    assert sona.forward(x, session=1).dtype == torch.bfloat16
+
+
+def test_a_gradient_that_does_not_fit_is_named_when_a_sample_is_held_out_too():
+    sona = le.Sona(config())
+    with pytest.raises(ValueError, match="grad: expected"):
+        sona.instant_adapt(row(0), le.Feedback.from_gradient(row(1, OUT + 1)))
+    assert sona.stats().instant_count == 0
+    assert not len(module(sona).held_out.samples()[0])
+
+
 def test_statistics_and_logs(caplog):
     sona = le.Sona(config())
     with caplog.at_level(logging.DEBUG, logger="lora_engine.learning"):

@@ -431,8 +431,9 @@ typedef struct le_merge {
    * subspace iteration, cut to the rank. With u [., out] and v [., in], float32, a row a
    * slot id: the minimum over D of rank r of the sum over the base (its target D_0) and
    * the slots (D_0 + D_k) of weights_k sum_ij u_k[i] v_k[j] (D - target_k)_ij^2, by
-   * alternating exact solves from that SVD; where nothing weighs, D_0 is kept. */
-  const le_array *u, *v;
+   * alternating exact solves from that SVD; where nothing weighs, D_0 is kept. samples:
+   * float32 [K + 1] above 0: rows of u and v are sums over so many; NULL: they are means. */
+  const le_array *u, *v, *samples;
   int32_t rank;        /* of the result, 1 to 256 */
   float scaling;       /* that the result will have: above 0 */
   int32_t max_sweeps;  /* of the iteration, and of the solves */

@@ -127,9 +127,9 @@ def _merged(m: Module, config: SonaConfig, served: Served, fast: list[Fast]) -> 
         return _ensemble(m, config, served, fast)
     samples = np.array([adapter.pending for adapter in fast], np.float64)
     slots = [adapter.slot for adapter in fast]
-    u, v = m.sums.means(slots, samples, served.consolidated)
-    if m.fisher is not None:
-        u[served.consolidated], v[served.consolidated] = m.fisher
+    with m.lock:
+        m.sums.begin(served.consolidated, m.fisher)
+        u, v = m.sums  # rows that are merged stay as they are meanwhile
     done = consolidation.consolidate(
         m.pool,
         served.consolidated,
@@ -140,6 +140,7 @@ def _merged(m: Module, config: SonaConfig, served: Served, fast: list[Fast]) -> 
         base_samples=m.samples,
         u=u,
         v=v,
+        summed=True,
     )
     return Served(m.pool.add(done.A, done.B, done.scaling), {}, {}, served.members)
 

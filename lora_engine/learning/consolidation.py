@@ -102,6 +102,7 @@ def consolidate(
     base_samples: float = 0.0,
     u: Any = None,
     v: Any = None,
+    summed: bool = False,
     rank: int | None = None,
     max_sweeps: int = 8,
     tolerance: float = 1e-3,
@@ -111,8 +112,9 @@ def consolidate(
 
     quality, samples [K]: as in ``strategy_weights``. For "ewc_merge": base_samples, what the base
     weighs; u [n, out] and v [n, in], float32, a row a slot id of the pool, the mean Fisher
-    factors (``lora_fisher_factors`` over the number of samples). rank: of the result, default
-    the base's; its scaling is the base's. max_sweeps, tolerance: when the iterations end;
+    factors (``lora_fisher_factors`` over the number of samples); summed: the slots' rows are sums
+    over their samples, the base's means. rank: of the result, default the base's; its scaling
+    is the base's. max_sweeps, tolerance: when the iterations end;
     num_threads: how many threads may work on it.
 
     Slots are read one after another, each under its lock: an adapter that learns meanwhile is
@@ -138,10 +140,11 @@ def consolidate(
         raise ValueError("consolidate: u, v: expected Fisher factors for ewc_merge, got None")
     merge = getattr(pool._backend, "consolidate", None) or _by_reference(pool)
     weights = np.concatenate([[base_samples], sessions]).astype(np.float32)
+    counts = np.concatenate([[1.0], samples]).astype(np.float32) if fisher and summed else None
     A = np.empty((max(rank, 0), pool.in_features), np.float32)
     B = np.empty((pool.out_features, max(rank, 0)), np.float32)
     _, _, versions, _, sweeps = merge(
-        pool._storage, base, ids, weights, u if fisher else None, v if fisher else None,
+        pool._storage, base, ids, weights, u if fisher else None, v if fisher else None, counts,
         rank, scaling, max_sweeps, tolerance, num_threads, A, B,
     )  # fmt: skip
     return Consolidated(A, B, scaling, tuple(versions), sweeps)
@@ -175,8 +178,8 @@ def _by_reference(pool: AdapterPool) -> Any:
     """The merge in NumPy, for pools that are not in the C++ core."""
 
     def merge(
-        _: Any, base: int, ids: Any, weights: Any, u: Any, v: Any, rank: int, scaling: float,
-        max_sweeps: int, tolerance: float, num_threads: int, A: Any, B: Any,
+        _: Any, base: int, ids: Any, weights: Any, u: Any, v: Any, counts: Any, rank: int,
+        scaling: float, max_sweeps: int, tolerance: float, num_threads: int, A: Any, B: Any,
     ) -> tuple[Any, Any, list[int], int, int]:  # fmt: skip
         order = [base, *ids.tolist()]
         if len(set(order)) < len(order):
@@ -192,6 +195,8 @@ def _by_reference(pool: AdapterPool) -> Any:
             merged = reference.svd_merge(first, parts, weights[1:], rank, scaling)
         else:
             factors = _fisher_rows("u", u, order), _fisher_rows("v", v, order)
+            if counts is not None:
+                factors = factors[0] / counts[:, None], factors[1] / counts[:, None]
             merged = reference.ewc_merge(
                 first, parts, weights, *factors, rank, scaling, max_sweeps, tolerance
             )

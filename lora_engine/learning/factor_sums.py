@@ -22,22 +22,14 @@ class FactorSums:
         self.u: F32 = np.zeros((1, out_features), np.float32)
         self.v: F32 = np.zeros((1, in_features), np.float32)
 
-    def begin(self, slot: int) -> None:
-        """The slot's sums start at 0."""
+    def begin(self, slot: int, values: tuple[Any, Any] | None = None) -> None:
+        """The slot's sums start at 0, or at u [out] and v [in]."""
         if slot >= len(self.u):
             self.u, self.v = (_grown(rows, max(2 * len(rows), slot + 1)) for rows in self)
-        self.u[slot] = 0.0
-        self.v[slot] = 0.0
+        self.u[slot], self.v[slot] = values or (0.0, 0.0)
 
     def __iter__(self) -> Any:
         return iter((self.u, self.v))
-
-    def means(self, slots: Sequence[int], samples: NDArray[np.float64], last: int) -> list[F32]:
-        """New u and v, with rows up to ``last`` at least, whose rows of slots are over samples:
-        two divisions, without the GIL."""
-        count = np.ones((len(self.u), 1), np.float32)
-        count[slots, 0] = samples
-        return [_grown(rows / count, max(last + 1, len(rows))) for rows in self]
 
     def over(self, slots: Sequence[int]) -> list[NDArray[np.float64]]:
         """The sums over slots: [out] and [in]."""
@@ -49,8 +41,6 @@ class FactorSums:
 
 
 def _grown(rows: F32, count: int) -> F32:
-    if count == len(rows):
-        return rows
     larger = np.zeros((count, rows.shape[1]), np.float32)
     larger[: len(rows)] = rows
     return larger

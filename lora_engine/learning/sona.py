@@ -16,8 +16,6 @@ from collections.abc import Hashable, Sequence
 from time import monotonic, perf_counter
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from lora_engine import ops
 from lora_engine.adapters.config import MicroLoRAConfig
 from lora_engine.adapters.exploration import Explorer, checked_sigma
@@ -27,11 +25,13 @@ from lora_engine.learning.background import BackgroundResult
 from lora_engine.learning.deep import DeepResult
 from lora_engine.learning.feedback import Feedback
 from lora_engine.learning.sona_config import SonaConfig
-from lora_engine.learning.sona_module import Fast, Module
+from lora_engine.learning.sona_module import Fast, Module, as_float32
 from lora_engine.learning.training_samples import TrainingSample
 
 log = logging.getLogger(__name__)
 _new = tuple.__new__
+
+LEFT_OUT = "max_pending_samples are waiting: learned, left out of the merge"
 
 
 class SonaStats(NamedTuple):
@@ -71,12 +71,11 @@ class Sona:
     def __init__(self, config: SonaConfig | None = None) -> None:
         self.config = config = config or SonaConfig()
         self._modules = {name: Module(name, config) for name in config.micro_lora.target_modules}
-        self._steps = {
-            name: ops.make_step(m.pool._backend, config.instant_lr, config.max_grad_norm, ewc=m.ewc)
-            for name, m in self._modules.items()
-        }
+        self._named: dict[str | None, Module] = dict(self._modules.items())
+        if len(self._modules) == 1:
+            self._named[None] = next(iter(self._modules.values()))
         self._explorer = Explorer(config.micro_lora.seed)
-        self._lock = threading.Lock()  # of the counters
+        self._lock = threading.Lock()  # of the counters; taken last
         self._pass_lock = threading.Lock()  # one background or deep pass at a time
         self._instants, self._seconds = 0, 0.0
         self._pending, self._quality = 0, 0.0
@@ -95,9 +94,7 @@ class Sona:
         self.stop()
 
     def _module(self, name: str | None) -> Module:
-        if name is None and len(self._modules) == 1:
-            return next(iter(self._modules.values()))
-        found = self._modules.get(name)  # type: ignore[arg-type]
+        found = self._named.get(name)
         if found is None:
             known = ", ".join(self._modules)
             raise ValueError(f"Sona: module: expected one of {known}, got {name!r}")
@@ -163,24 +160,47 @@ class Sona:
         feedback, else 1. Raises TypeError, ValueError; then nothing has changed.
         """
         start = perf_counter()
-        m = self._module(module)
-        q = _quality(feedback, quality)
+        m = self._named.get(module) or self._module(module)
+        q = 1.0
+        if quality is not None or type(feedback) is not Feedback or feedback.quality is not None:
+            q = _quality(feedback, quality)
+        held, observe, why = None, False, ""
         with m.lock:
             fast = m.served.fast.get(session) or m.fast_of(session)
-            grad, why = self._gradient(m, x, feedback, session, fast)
-            outcome, norm = ops.NO_ADAPTER, 0.0
+            grad, outcome, norm = feedback.gradient, ops.NO_ADAPTER, 0.0
+            if grad is None:
+                grad, why = self._gradient(m, x, feedback, session, fast)
             if grad is not None:
                 observe = self._pending < self.config.max_pending_samples
-                held = self._held_out_target(m, x, grad, session) if observe else None
-                outcome, norm = m.adapt(x, grad, fast, self._steps[m.name], observe)
-                why = "" if outcome == ops.APPLIED else ops.NOTES[outcome]
+                if observe and self._instants % m.held_out.EVERY == 0:
+                    held = m.held_out_target(x, grad, session)
+                outcome, norm = m.adapt(x, grad, fast, m.step, observe)
             if feedback.quality is not None:
                 fast.baseline.update(feedback.quality)
             applied = outcome == ops.APPLIED
-            if applied:
-                self._applied(m, x, fast, q, observe, held)
-        latency = (perf_counter() - start) * 1e6
-        self._count(applied, why, latency)
+            if held is not None and applied:
+                m.held_out.add(*held)
+            if m.mean_inputs and applied and observe:
+                fast.inputs += as_float32(x).reshape(-1, m.in_features).sum(0)
+            if grad is not None and not applied:
+                why = ops.NOTES[outcome]
+            rows = x.shape[0] if applied and x.ndim == 2 else 1
+            with self._lock:
+                self._instants += 1
+                if not applied:
+                    self._skipped[why] += 1
+                else:
+                    self._quality += q * rows
+                    if observe:
+                        fast.quality += q * rows
+                        fast.pending += rows
+                        self._pending += rows
+                    else:
+                        self._skipped[LEFT_OUT] += rows
+                latency = (perf_counter() - start) * 1e6
+                self._seconds += latency * 1e-6
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("instant: %s in %.1f us", "applied" if applied else why, latency)
         return _new(AdaptResult, (applied, why, latency, norm))
 
     def _gradient(
@@ -195,35 +215,6 @@ class Sona:
         if feedback.trace is None and feedback.output is None:
             last = self._explorer.take(m.name)
         return feedback.quality_gradient(view, x, m.name, fast.baseline.value, last)
-
-    def _held_out_target(self, m: Module, x: Any, grad: Any, session: Hashable) -> Any:
-        """Where a step of 1 along the gradient would move the output, of every tenth sample."""
-        if self._instants % m.held_out.EVERY:
-            return None
-        return np.asarray(m.forward(x, session, None), np.float32) - np.asarray(grad, np.float32)
-
-    def _applied(self, m: Module, x: Any, fast: Fast, q: float, observe: bool, held: Any) -> None:
-        rows = x.shape[0] if x.ndim == 2 else 1
-        self._quality += q * rows
-        if not observe:
-            self._skipped["max_pending_samples are waiting: learned, left out of the merge"] += rows
-            return
-        if self.config.consolidation == "ensemble":
-            fast.inputs += np.asarray(x, np.float32).reshape(-1, m.in_features).sum(0)
-        fast.quality += q * rows
-        fast.pending += rows
-        self._pending += rows
-        if held is not None:
-            m.held_out.add(np.atleast_2d(np.asarray(x, np.float32)), np.atleast_2d(held))
-
-    def _count(self, applied: bool, why: str, latency: float) -> None:
-        with self._lock:
-            self._instants += 1
-            self._seconds += latency * 1e-6
-            if not applied:
-                self._skipped[why] += 1
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("instant: %s in %.1f us", "applied" if applied else why, latency)
 
     # ---- learning: in the background -------------------------------------------
 
@@ -252,8 +243,8 @@ class Sona:
             done = background.together(results)
             with self._lock:
                 self._counts["background" if done.applied else "background_rejected"] += 1
-            if done.applied:
-                self._pending = self._waiting()
+                if done.applied:
+                    self._pending = self._waiting()
         log.debug("background: %s", done)
         return done
 
@@ -261,7 +252,8 @@ class Sona:
         """Brings back what was served before the last consolidation, once: False if none was."""
         with self._pass_lock:
             done = [background.rollback(m) for m in self._modules.values()]
-            self._pending = self._waiting()
+            with self._lock:
+                self._pending = self._waiting()
         log.debug("rollback: %s", done)
         return any(done)
 

@@ -85,7 +85,9 @@ class HeldOut:
         self.count = 0
 
     def add(self, x: Array, target: Array) -> None:
-        """x [n, in], target [n, out]."""
+        """x [n, in] and target [n, out], or one of each."""
+        if x.ndim == 1:
+            x, target = x[None], target[None]
         for row, wanted in zip(x, target, strict=True):
             at = self.count % len(self.x)
             self.x[at], self.target[at] = row, wanted
@@ -107,9 +109,14 @@ class Module:
         self.scaling, self.rank = micro.scaling, micro.rank
         self.pool = AdapterPool(self.in_features, self.out_features, seed=micro.seed)
         self.storage = self.pool._storage
+        self._step_observed = getattr(self.storage, "adapt_slot_observed", None)
         self.gamma = config.ewc_gamma
         held = config.ewc_lambda > 0
         self.ewc = EWC(self.pool, config.ewc_lambda, form="delta") if held else None
+        self.step = ops.make_step(
+            self.pool._backend, config.instant_lr, config.max_grad_norm, ewc=self.ewc
+        )
+        self.mean_inputs = config.consolidation == "ensemble"
         self.lock = threading.Lock()
         rng = np.random.default_rng([micro.seed, *name.encode()])
         bound = 1.0 / math.sqrt(self.in_features)
@@ -130,8 +137,12 @@ class Module:
     def forward(self, x: Any, session: Hashable, out: Any) -> Any:
         served = self.served
         slots = served.slots_of(session)
-        if len(slots) == 1 and not served.members:
-            return self.storage.forward_slot(x, slots[0], out, False, False, self.out_features)
+        if not served.members:
+            if len(slots) == 1:
+                return self.storage.forward_slot(x, slots[0], out, False, False, self.out_features)
+            if isinstance(x, np.ndarray):
+                ids = np.array([slots] * _rows(x), np.int32)
+                return self.storage.forward(x, ids, None, out, False)
         return self.mixture(served, x, [session] * _rows(x), out)
 
     def forward_rows(self, x: Any, sessions: Iterable[Hashable], out: Any) -> Any:
@@ -153,7 +164,7 @@ class Module:
             weights = np.ones(ids.shape, np.float32)
             kept = [member.slot for member in served.members]
             means = np.stack([member.direction for member in served.members])
-            rows = np.asarray(x, np.float32)
+            rows = as_float32(x)
             _, mixed = consolidation.ensemble(rows, served.consolidated, kept, means)
             ids[:, 3:], weights[:, 3:] = kept, mixed[:, 1:]
         if not isinstance(x, np.ndarray) and hasattr(x, "new_tensor"):
@@ -196,15 +207,25 @@ class Module:
         """A step of a session's adapter; observe: the sample counts for the next merge."""
         if not observe:
             outcome: tuple[int, float] = self.storage.adapt_slot(x, grad, fast.slot, step)
-        elif hasattr(self.storage, "adapt_slot_observed"):
-            u, v = self.sums.u, self.sums.v
-            outcome = self.storage.adapt_slot_observed(x, grad, fast.slot, step, u, v)
+        elif self._step_observed is not None:
+            sums = self.sums
+            outcome = self._step_observed(x, grad, fast.slot, step, sums.u, sums.v)
         else:
             outcome = self.storage.adapt_slot(x, grad, fast.slot, step)
             if outcome[0] == ops.APPLIED:
                 row = self.sums.u[fast.slot], self.sums.v[fast.slot]
                 self.pool._backend.lora_fisher_factors(x, grad, row)
         return outcome
+
+    def held_out_target(self, x: Any, grad: Any, session: Hashable) -> tuple[Array, Array] | None:
+        """x, and where a step of 1 along the gradient would move the output; None where the
+        gradient does not fit, of which the step has more to say."""
+        rows, up = as_float32(x), as_float32(grad)
+        target: Array = self.forward(rows, session, None)
+        if up.shape != target.shape:
+            return None
+        target -= up
+        return rows, target
 
     def forgotten(self) -> list[int]:
         """Slots that were kept for a rollback alone; whoever takes them removes them."""
@@ -217,6 +238,13 @@ class Module:
     def forget(self) -> None:
         """Frees what was kept for a rollback; the lock is held."""
         self.pool.remove_all(self.forgotten())
+
+
+def as_float32(values: Any) -> Array:
+    """An array or tensor of any float dtype on the host."""
+    if hasattr(values, "detach"):
+        values = values.detach().float().cpu()
+    return np.asarray(values, np.float32)
 
 
 def _rows(x: Any) -> int:

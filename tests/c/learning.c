@@ -176,7 +176,7 @@ static void consolidate(void) {
   for (int s = 0; s < 3; ++s) CHECK(add_drawn(pool, in, out, rank, 0.5f, &A[s], &B[s]) == s);
   set(&slots, 0, 0, 1), set(&slots, 0, 1, 2);
   set(&weights, 0, 0, 0), set(&weights, 0, 1, 0.25), set(&weights, 0, 2, 0.75);
-  le_merge merge = {&slots.c, &weights.c, NULL, NULL, 3 * rank, 2, 20, 1e-6f, 1};
+  le_merge merge = {&slots.c, &weights.c, NULL, NULL, NULL, 3 * rank, 2, 20, 1e-6f, 1};
   Array to_A = array(LE_FLOAT32, 3 * rank, in), to_B = array(LE_FLOAT32, out, 3 * rank);
   uint64_t versions[3] = {0};
   le_merge_info info = {0, 0};

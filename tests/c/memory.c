@@ -101,7 +101,7 @@ static le_status held_back(Fixture *f) {
              : le_pool_adapt_slot(f->pool, 0, &f->x.c, &f->grad.c, &step, &f->outcome, &f->number);
 }
 static le_status consolidate(Fixture *f) {
-  f->merge = (le_merge){&f->slots.c, &f->weights.c, NULL, NULL, rank, 1, 3, 1e-3f, 1};
+  f->merge = (le_merge){&f->slots.c, &f->weights.c, NULL, NULL, NULL, rank, 1, 3, 1e-3f, 1};
   return le_consolidate(f->pool, 0, &f->merge, &f->to_A.c, &f->to_B.c, f->versions, &f->info);
 }
 static le_status export_import(Fixture *f) {

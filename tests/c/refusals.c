@@ -5,7 +5,7 @@
 /* The call with one argument NULL; argument 0 is the handle. */
 static void nulls(Fixture *f) {
   uint64_t before = fixture_state(f);
-  f->merge = (le_merge){&f->slots.c, &f->weights.c, NULL, NULL, rank, 1, 3, 1e-3f, 1};
+  f->merge = (le_merge){&f->slots.c, &f->weights.c, NULL, NULL, NULL, rank, 1, 3, 1e-3f, 1};
   CHECK(le_lora_delta(NULL, &f->x.c, &f->A.c, &f->B.c, 1, 0, &f->y.c) == LE_ERROR_VALUE);
   CHECK(strstr(le_last_error(f->ctx), "expected a pointer, got NULL"));
   CHECK(le_lora_delta(f->ctx, NULL, &f->A.c, &f->B.c, 1, 0, &f->y.c) == LE_ERROR_VALUE);
