@@ -22,7 +22,7 @@ from lora_engine.attached.model import (
     names_of,
 )
 from lora_engine.attached.placement import Placed, Shelf
-from lora_engine.attached.rows import BASE, Calls, Name, Rows, mixture_of
+from lora_engine.attached.rows import BASE, Calls, Name, NotCopied, Rows, mixture_of
 from lora_engine.attached.weights import check_free, put_parameters, take_parameters
 
 Source = str | os.PathLike[str] | MicroLoRA | Adapter
@@ -42,7 +42,7 @@ def attached_class(front: type, base: type) -> Any:
     return _classes.setdefault((front, base), type(base.__name__, (front, base), names))
 
 
-class Attached:
+class Attached(NotCopied):
     """The adapters of a model, by name. Made by ``lora_engine.attach``."""
 
     def __init__(self, model: torch.nn.Module, adapters: Mapping[str, Source]) -> None:
