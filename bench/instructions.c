@@ -74,7 +74,9 @@ static le_ewc *penalty(int32_t form) {
 }
 
 static void prepare(void) {
-  must(le_context_create(1, &d.ctx), NULL);
+  le_context_options options = LE_CONTEXT_OPTIONS;
+  options.num_threads = 1;
+  must(le_context_create(&options, &d.ctx), NULL);
   static int32_t ids[USERS];
   static float ones[USERS + 1];
   for (int i = 0; i < USERS; ++i) ids[i] = i;
