@@ -30,11 +30,6 @@ def need(program: str) -> str:
     return found
 
 
-# Known defect: built by clang, the generic kernels crash on rows that 16 does not divide (they are
-# right when GCC builds them). `make fire` runs these, and fails, until that is mended.
-clang_defect = pytest.mark.skipif(not LONG, reason="clang builds crash: a known defect")
-
-
 def instrumented(folder: Path, name: str) -> Path:
     """The library and its C tests, both compiled so; of clang for its fuzzer, else of cc."""
     flags = f"-O1 {FLAGS[name]}"
@@ -62,13 +57,11 @@ def with_thread(tmp_path_factory):
     return instrumented(tmp_path_factory.mktemp("thread"), "thread")
 
 
-@clang_defect
 def test_address_and_undefined_behaviour(with_address):
     assert call(with_address / "tests").endswith(" checks, 0 failed\n")
     assert call(with_address / "stress", STRESS).endswith("\n0 torn\n")
 
 
-@clang_defect
 @pytest.mark.parametrize("target", ["import", "nf4"])
 def test_fuzzed(target, with_address, tmp_path):
     need("clang++")
