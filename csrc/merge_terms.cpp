@@ -184,7 +184,6 @@ void MergeSide::write(int64_t row, const float *values, double scale) {
     const float *from = values + t * kMergeTile;
     int64_t count = width(t);
     for (int64_t i = 0; i < count; ++i) to[i] = factor * from[i];
-    std::fill(to + count, to + kMergeTile, 0.0f);
   }
 }
 
