@@ -28,8 +28,8 @@ static float *numbers(size_t n, uint32_t seed) {
 }
 
 static le_array matrix(void *data, int64_t rows, int64_t cols, int32_t dtype) {
-  le_array a = {.data = data, .shape = {rows, cols}, .strides = {cols, 1}, .ndim = 2,
-                .dtype = dtype};
+  le_array a = {
+      .data = data, .shape = {rows, cols}, .strides = {cols, 1}, .ndim = 2, .dtype = dtype};
   return a;
 }
 static le_array vector(void *data, int64_t n, int32_t dtype) {
@@ -48,8 +48,8 @@ static struct {
 
 static le_pool *pool(int32_t rank) {
   int64_t out = IN;
-  le_pool_options options = {.in_features = IN, .out_features = &out, .num_slices = 1,
-                             .dtype = LE_FLOAT32};
+  le_pool_options options = {
+      .in_features = IN, .out_features = &out, .num_slices = 1, .dtype = LE_FLOAT32};
   le_pool *made;
   must(le_pool_create(d.ctx, &options, &made), d.ctx);
   for (int i = 0; i < USERS; ++i) {
@@ -74,7 +74,9 @@ static le_ewc *penalty(int32_t form) {
 }
 
 static void prepare(void) {
-  must(le_context_create(1, &d.ctx), NULL);
+  le_context_options options = LE_CONTEXT_OPTIONS;
+  options.num_threads = 1;
+  must(le_context_create(&options, &d.ctx), NULL);
   static int32_t ids[USERS];
   static float ones[USERS + 1];
   for (int i = 0; i < USERS; ++i) ids[i] = i;
@@ -152,8 +154,13 @@ static le_status consolidate(void) {
   static float first[RANK * IN], second[RANK * IN];
   static uint64_t versions[USERS];
   le_array A = matrix(first, RANK, IN, LE_FLOAT32), B = matrix(second, IN, RANK, LE_FLOAT32);
-  le_merge merge = {.slots = &d.slots, .weights = &d.weights, .rank = RANK, .scaling = 2.0f,
-                    .max_sweeps = 4, .tolerance = 0.0f, .num_threads = 1};
+  le_merge merge = {.slots = &d.slots,
+                    .weights = &d.weights,
+                    .rank = RANK,
+                    .scaling = 2.0f,
+                    .max_sweeps = 4,
+                    .tolerance = 0.0f,
+                    .num_threads = 1};
   le_merge_info info;
   return le_consolidate(d.micro, 0, &merge, &A, &B, versions, &info);
 }

@@ -60,7 +60,7 @@ uint32_t le_version(void) {
 
 int32_t le_abi_version(void) { return LE_ABI_VERSION; }
 
-const char *le_status_string(le_status status) {
+const char *le_status_string(int32_t status) {
   switch (status) {
     case LE_OK: return "ok";
     case LE_ERROR_VALUE: return "wrong value";

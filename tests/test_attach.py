@@ -80,7 +80,7 @@ def test_generate_with_beams_as_with_peft(served):
         return
     names = ["a", "__base__", "b"]
     for options in ({}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}):
-        options = {**tokens(), "max_new_tokens": 6, "do_sample": False, **options}
+        options = {**tokens(), "max_new_tokens": 3, "do_sample": False, **options}
         got, want = (m.generate(**options, adapter_names=names) for m in (model, peft))
         assert torch.equal(got, want)
 

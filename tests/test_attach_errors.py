@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -158,3 +161,14 @@ def test_a_projection_inside_multi_head_attention():
     model = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with pytest.raises(ValueError, match=r"nn\.MultiheadAttention"):
         le.attach(model, {"a": Adapter({"self_attn.out_proj": weights(8, 8)})})
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, pickle.dumps])
+def test_an_attached_model_is_not_copied(make):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    handle = le.attach(model, {"a": Adapter({"0": weights(4, 4)})})
+    for thing in (handle, model):
+        with pytest.raises((TypeError, pickle.PicklingError), match=r"attach|not the same object"):
+            make(thing)
+    handle.detach()
+    make(model)

@@ -299,3 +299,13 @@ def test_counts_of_another_compiler_are_not_compared() -> None:
     result = instructions.compare(_counts(a=1000.0), other)
     assert not result.lost
     assert "compiler" in result.lines[0]
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
+def test_the_core_takes_no_more_instructions_than_were_kept() -> None:
+    """The gate: after a change that is meant, ``python -m bench.instructions --write``."""
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.instructions"], capture_output=True, text=True,
+        cwd=instructions.ROOT,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]

@@ -81,7 +81,7 @@ typedef struct le_ewc le_ewc;
 LE_API uint32_t le_version(void);
 /* Compare with LE_ABI_VERSION before anything else. */
 LE_API int32_t le_abi_version(void);
-LE_API const char *le_status_string(le_status status);
+LE_API const char *le_status_string(int32_t status); /* an le_status, or any number */
 /* What the calling thread's last failing call said of those with this context, its pools
  * and their le_ewc, or with no usable handle at all; ctx NULL: of all. "" if none failed. For
  * the four contexts that failed last; valid until the thread's next failing call. */

@@ -9,7 +9,7 @@ namespace le {
 namespace {
 
 using Words = uint16_t __attribute__((vector_size(64)));
-using WordsMem = uint16_t __attribute__((vector_size(64), aligned(2), may_alias));
+typedef uint16_t WordsMem __attribute__((vector_size(64), aligned(2), may_alias));
 
 constexpr uint16_t kBfloatCodes[32] = {
     0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000, 0x3da3, 0x3e25, 0x3e7c,

@@ -22,8 +22,8 @@ from lora_engine.attached.model import (
     names_of,
 )
 from lora_engine.attached.placement import Placed, Shelf
-from lora_engine.attached.rows import BASE, Calls, Name, Rows, mixture_of
-from lora_engine.attached.weights import Trained
+from lora_engine.attached.rows import BASE, Calls, Name, NotCopied, Rows, mixture_of
+from lora_engine.attached.weights import check_free, put_parameters, take_parameters
 
 Source = str | os.PathLike[str] | MicroLoRA | Adapter
 _KEPT = 32  # batches whose rows are kept, by their names
@@ -42,7 +42,7 @@ def attached_class(front: type, base: type) -> Any:
     return _classes.setdefault((front, base), type(base.__name__, (front, base), names))
 
 
-class Attached:
+class Attached(NotCopied):
     """The adapters of a model, by name. Made by ``lora_engine.attach``."""
 
     def __init__(self, model: torch.nn.Module, adapters: Mapping[str, Source]) -> None:
@@ -298,36 +298,18 @@ class Attached:
         for pool, slot in placed.slots.values():
             pool.view(slot)  # or TypeError
         weights = placed.view()
-        own = name.replace(".", "_")
-        for path, kind, _, _ in weights.all():
-            child = self._layers[path]._modules.get(kind)
-            if own in getattr(child, "_parameters", {}):
-                raise ValueError(
-                    "Attached.parameters: name: expected one that differs from those trained by"
-                    f" more than . and _, got {name!r}"
-                )
+        check_free(self._layers, name, weights)
         if not self._frozen:
             self._frozen = [(p, p.requires_grad) for p in self.model.parameters()]
             for parameter, _ in self._frozen:
                 parameter.requires_grad_(False)
         weights.train()
-        for path, kind, holder, attribute in weights.all():
-            layer = self._layers[path]
-            child = layer._modules.setdefault(kind, Trained())
-            assert child is not None
-            child._parameters[own] = getattr(holder, attribute)  # also where it is named "train"
+        put_parameters(self._layers, name, weights)
         self._changed()
 
     def _untrain(self, name: str, placed: Placed | None) -> None:
-        """Takes an adapter's Parameters from the layers."""
-        if placed is None or not placed.trained:
-            return
-        for path, kind, _, _ in placed.weights.all():
-            layer = self._layers[path]
-            child: Any = layer._modules[kind]
-            del child._parameters[name.replace(".", "_")]
-            if not child._parameters:
-                del layer._modules[kind]
+        if placed is not None and placed.trained:
+            take_parameters(self._layers, name, placed.weights)
 
     # ---- merged into the base weights ----
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import lora_engine.torch_ops  # noqa: F401  defines the ops
 from lora_engine.attached.placement import Placement
-from lora_engine.attached.rows import Calls, Part, Rows
+from lora_engine.attached.rows import Calls, NotCopied, Part, Rows
 from lora_engine.attached.weights import Factors
 from lora_engine.quant.bitsandbytes_layer import from_linear4bit
 from lora_engine.quant.linear import NF4Linear
@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 _ops = torch.ops.lora_engine
 
 
-class LayerState:
+class LayerState(NotCopied):
     """What an attached layer knows beyond its own: its path, whose calls it follows, its class
     before, its pools; packed: who stands in for it."""
 

@@ -173,7 +173,17 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-class Calls:
+class NotCopied:
+    """What an attached model holds of one handle, whose slots a copy would share."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "attach: copy, pickle: expected a model without adapters, got an attached one: detach"
+            " it first, or save its state_dict and h.save(name, folder)"
+        )
+
+
+class Calls(NotCopied):
     """What the layers of one attached model look up: this thread's call, else the default."""
 
     def __init__(self) -> None:

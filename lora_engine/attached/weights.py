@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -86,3 +86,38 @@ class Weights:
     def parameters(self) -> list[torch.nn.Parameter]:
         """The Parameters, layer by layer."""
         return [getattr(holder, attribute) for _, _, holder, attribute in self.all()]
+
+
+Layers = Mapping[str, torch.nn.Module]  # the attached ones, by path
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def check_free(layers: Layers, name: str, weights: Weights) -> None:
+    """Raises ValueError where the layers have something else where the Parameters would go."""
+    for path, kind, _, _ in weights.all():
+        child = layers[path]._modules.get(kind)
+        if child is None or (isinstance(child, Trained) and _key(name) not in child._parameters):
+            continue
+        raise ValueError(
+            "Attached.parameters: name: expected one that differs from those trained by more than"
+            f" . and _, and a layer without a {kind} of its own, got {name!r} and {path}"
+        )
+
+
+def put_parameters(layers: Layers, name: str, weights: Weights) -> None:
+    """Gives the layers an adapter's Parameters, as their children."""
+    for path, kind, holder, attribute in weights.all():
+        child: Any = layers[path]._modules.setdefault(kind, Trained())
+        child._parameters[_key(name)] = getattr(holder, attribute)  # also of an adapter "train"
+
+
+def take_parameters(layers: Layers, name: str, weights: Weights) -> None:
+    """Takes them away again."""
+    for path, kind, _, _ in weights.all():
+        child: Any = layers[path]._modules[kind]
+        del child._parameters[_key(name)]
+        if not child._parameters:
+            del layers[path]._modules[kind]

@@ -100,6 +100,8 @@ class NF4Linear(torch.nn.Linear):
     # ---- what a module does ----
 
     def forward(self, input: Tensor) -> Tensor:
+        """x [..., in] of any dtype that the ops take; [..., out] in x's dtype. Raises what
+        ``nf4_linear`` does."""
         return self.with_deltas(input)
 
     def with_deltas(
@@ -171,6 +173,7 @@ class NF4Linear(torch.nn.Linear):
         self._hold(nf4, parts)
 
     def extra_repr(self) -> str:
+        """Sizes, block size and where they are, for ``print(model)``."""
         nf4 = self.nf4
         return (
             f"in_features={self.in_features}, out_features={self.out_features},"

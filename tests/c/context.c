@@ -37,8 +37,8 @@ static void versions(void) {
   while (le_isa_built(i, NULL)) ++i;
   CHECK(i >= 1 && le_isa_built(i + 7, &supported) == NULL && le_isa_built(-1, NULL) == NULL);
   for (int s = LE_OK; s <= LE_ERROR_INTERNAL; ++s)
-    CHECK(strcmp(le_status_string((le_status)s), "unknown status") != 0);
-  CHECK(strcmp(le_status_string((le_status)77), "unknown status") == 0);
+    CHECK(strcmp(le_status_string(s), "unknown status") != 0);
+  CHECK(strcmp(le_status_string(77), "unknown status") == 0);
 }
 
 static void options(void) {
