@@ -72,7 +72,7 @@ def norm(weights: LoraWeights) -> float:
 def singular_values(weights: LoraWeights) -> NDArray[np.float64]:
     """Those of s B A, descending, at most r: of the product of the factors' triangles (QR)."""
     A, B = (np.asarray(w, np.float64) for w in weights[:2])
-    triangles = np.linalg.qr(B)[1] @ np.linalg.qr(A.T)[1].T
+    triangles = np.linalg.qr(B, mode="r") @ np.linalg.qr(A.T, mode="r").T
     values: NDArray[np.float64] = np.linalg.svd(triangles, compute_uv=False)
     return abs(weights.scaling) * values
 
