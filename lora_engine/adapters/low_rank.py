@@ -86,8 +86,8 @@ def orthonormal(X: F64) -> Basis:
 def _triangles(gram: F64) -> tuple[F64, F64] | None:
     """(L, L⁻¹) of gram = L Lᵀ; None where its eigenvalues may be further apart than _PASS."""
     try:
-        L = np.linalg.cholesky(gram)
-        inverse = np.linalg.inv(L)
+        L = np.linalg.cholesky(gram).astype(np.float64, copy=False)
+        inverse = np.linalg.inv(L).astype(np.float64, copy=False)
     except np.linalg.LinAlgError:
         return None
     sums = [np.abs(M).sum(axis) for M, axis in ((inverse, 0), (inverse, 1), (gram, 0))]
