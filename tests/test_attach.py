@@ -220,6 +220,37 @@ def test_a_call_that_has_begun_ends_with_the_adapters_it_began_with():
     assert len(pool) == 0
 
 
+@pytest.mark.parametrize("names", [None, ["a"] * 3])
+def test_generate_ends_with_the_adapters_it_began_with(names):
+    """Between two of its steps an adapter is replaced, another one set, and the first removed."""
+    model = new_model("llama")
+    peft = with_peft(model, two_adapters("llama"))
+    one, two = (adapter_of(peft, name) for name in ("a", "b"))
+    handle = le.attach(model, {"a": one})
+    changes = {
+        2: lambda: handle.add("a", two),
+        3: lambda: handle.set_adapter(None),
+        4: lambda: handle.remove("a"),
+    }
+
+    def scores(changes):
+        step = iter(range(1, 9))
+
+        def between(_, values):
+            changes.get(next(step), lambda: None)()
+            return values
+
+        found = model.generate(
+            **tokens(), max_new_tokens=5, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, logits_processor=[between], adapter_names=names,
+        )  # fmt: skip
+        return torch.stack(found.logits)
+
+    want = scores({})
+    assert torch.equal(scores(changes), want)
+    assert handle.names == ()
+
+
 def test_threads_serve_names_of_their_own():
     model = new_model("llama")
     peft = with_peft(model, two_adapters("llama"))

@@ -100,15 +100,56 @@ def test_a_model_of_float64():
 
 
 def test_attached_twice(model):
-    good = Adapter({GOOD: weights()})
-    handle = le.attach(model, {"a": good})
-    with pytest.raises(ValueError, match="nothing is attached to"):
-        le.attach(model, {"b": good})
-    with pytest.raises(ValueError, match=r"nothing is attached to, got layers\.0"):
-        le.attach(model.model, {"b": Adapter({GOOD.removeprefix("model."): weights()})})
-    assert not hasattr(model.model, "_lora_model")
-    handle.detach()
-    assert untouched(model)
+    """The whole, a part of what is attached, and what has an attached part."""
+    inside = {"a": Adapter({GOOD.removeprefix("model."): weights()})}
+    for first, then in (
+        ((model, {"a": Adapter({GOOD: weights()})}), (model, {"b": Adapter({GOOD: weights()})})),
+        ((model, {"a": Adapter({GOOD: weights()})}), (model.model, inside)),
+        ((model, {"a": Adapter({"lm_head": weights(16, 48)})}), (model.model, inside)),
+        ((model.model, inside), (model, {"b": Adapter({"lm_head": weights(16, 48)})})),
+    ):
+        handle = le.attach(*first)
+        held = [vars(module).copy() for module in model.modules()]
+        with pytest.raises(
+            ValueError, match=r"nothing is attached to.*got (an attached|layers\.|m)"
+        ):
+            le.attach(*then)
+        assert [vars(module) for module in model.modules()] == held
+        handle.detach()
+        assert untouched(model)
+
+
+@pytest.mark.parametrize("refused", ["1", "2", ""])
+def test_whatever_raises_leaves_the_model_as_it_was(refused):
+    """Here a module whose class cannot be exchanged: a layer, or the whole."""
+
+    class Fixed:
+        def __setattr__(self, name, value):
+            if name == "__class__":
+                raise OSError("fixed")
+            super().__setattr__(name, value)
+
+    class FixedLinear(Fixed, torch.nn.Linear):
+        pass
+
+    class FixedSequential(Fixed, torch.nn.Sequential):
+        pass
+
+    whole = torch.nn.Sequential if refused else FixedSequential
+    layers = (FixedLinear if refused == str(i) else torch.nn.Linear for i in range(3))
+    model = whole(*(layer(4, 4) for layer in layers))
+    held = [(type(module), vars(module).copy()) for module in model.modules()]
+    adapter = Adapter({str(i): weights(4, 4) for i in range(3)})
+    with pytest.raises(OSError, match="fixed"):
+        le.attach(model, {"a": adapter})
+    assert [(type(module), vars(module)) for module in model.modules()] == held
+    if refused:
+        handle = le.attach(model, {"a": Adapter({"0": weights(4, 4)})})
+        held = [(type(module), vars(module).copy()) for module in model.modules()]
+        with pytest.raises(OSError, match="fixed"):
+            handle.add("b", adapter)
+        assert [(type(module), vars(module)) for module in model.modules()] == held
+        assert handle.names == ("a",)
 
 
 def test_names_are_checked_before_anything_ran(model):

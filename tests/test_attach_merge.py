@@ -168,3 +168,29 @@ def test_a_folder_is_served_and_saved_as_peft_has_it(tmp_path):
     loaded = type(base).from_pretrained(tmp_path / "base")
     assert same(bits(loaded), bits(base))
     assert model.config.architectures == ["GPT2LMHeadModel"]
+
+
+def test_parts_called_by_themselves_are_served_what_is_merged_once():
+    """As generate() calls an encoder; whatever is changed of other adapters meanwhile."""
+    model, handle, _, _ = attached("llama")
+    part = model.model
+
+    def hidden():
+        with torch.no_grad():
+            return part(**tokens()).last_hidden_state
+
+    want = hidden()
+    handle.merge("a")
+    other = handle.adapter("b")
+    for change in (
+        lambda: handle.set_adapter("a"),
+        lambda: handle.add("c", other),
+        lambda: handle.remove("c"),
+        lambda: handle.parameters("b"),
+        lambda: handle.set_adapter({"a": 0.5, "b": 0.5}),
+    ):
+        change()
+        torch.testing.assert_close(hidden(), want, rtol=1e-3, atol=1e-4)
+    handle.set_adapter("a")
+    handle.unmerge("a")
+    assert torch.equal(hidden(), want)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -46,11 +47,6 @@ class Attached(NotCopied):
     """The adapters of a model, by name. Made by ``lora_engine.attach``."""
 
     def __init__(self, model: torch.nn.Module, adapters: Mapping[str, Source]) -> None:
-        if hasattr(model, "_lora_model"):
-            raise ValueError(
-                "attach: model: expected one that nothing is attached to, got an attached one:"
-                " use the add of its handle, or detach that first"
-            )
         self.model = model
         self.calls = Calls()
         self._shelf = Shelf()
@@ -60,15 +56,16 @@ class Attached(NotCopied):
         self._kept: dict[Any, Rows | None] = {}
         self._merged = Merged()
         self._frozen: list[tuple[torch.nn.Parameter, bool]] = []
-        self._add("attach", adapters)
-        front = AttachedGenerator if hasattr(model, "generate") else AttachedModel
-        self._base_class = type(model)
-        self._checkpointed = checkpointed(model)
-        for module in self._checkpointed:
-            module._lora_calls = self.calls
-            module.__class__ = attached_class(AttachedCheckpoint, type(module))
-        model._lora_model = self  # type: ignore[assignment]
-        model.__class__ = attached_class(front, self._base_class)
+        self._changes = ExitStack()  # of modules, which closing it takes back
+        try:
+            self._add("attach", adapters)
+            for module in checkpointed(model):
+                _put_before(self._changes, module, AttachedCheckpoint, "_lora_calls", self.calls)
+            front = AttachedGenerator if hasattr(model, "generate") else AttachedModel
+            _put_before(self._changes, model, front, "_lora_model", self)
+        except BaseException:
+            self._changes.close()
+            raise
 
     def __repr__(self) -> str:
         model = type(self.model).__name__
@@ -99,6 +96,7 @@ class Attached(NotCopied):
     def _add(self, op: str, sources: Mapping[str, Source]) -> None:
         """Checks and places all, then shows all; or changes nothing."""
         model = Model(op, self.model)
+        model.check_free(self.calls)
         prepared = {}
         for name, source in sources.items():
             if not isinstance(name, str) or not name or name == BASE:
@@ -107,28 +105,21 @@ class Attached(NotCopied):
             adapter = model.adapter(name, source)
             paths = model.paths(name, adapter)
             model.check(name, adapter, paths)
-            self._check_free(op, model, paths)
             prepared[name] = adapter, paths
         states: dict[str, LayerState] = {}
         placed = {
             name: self._place(model, adapter, paths, states)
             for name, (adapter, paths) in prepared.items()
         }
-        for path, state in states.items():
-            self._attach_layer(path, model.modules[path], state)
+        with ExitStack() as changes:
+            for path, state in states.items():
+                self._attach_layer(changes, path, model.modules[path], state)
+            self._changes.push(changes.pop_all())
+        self._layers.update((path, model.modules[path]) for path in states)
         for name in placed:
             self._untrain(name, self._placed.get(name))
         self._placed = {**self._placed, **placed}
         self._changed()
-
-    def _check_free(self, op: str, model: Model, paths: Mapping[str, str]) -> None:
-        for path in paths.values():
-            state = getattr(model.modules[path], "_lora", None)
-            if state is not None and state.calls is not self.calls:
-                raise ValueError(
-                    f"{op}: model: expected layers that nothing is attached to, got"
-                    f" {path or 'the model'}: detach its handle first, or add to that"
-                )
 
     def _place(
         self, model: Model, adapter: Adapter, paths: Mapping[str, str], new: dict[str, LayerState]
@@ -139,7 +130,7 @@ class Attached(NotCopied):
                 module = model.modules[path]
                 kind: Any = kind_of(module)
                 packed = kind.packed(module, f"{model.op}: {path or 'the model'}")
-                state = new[path] = LayerState(path, self.calls, type(module), packed)
+                state = new[path] = LayerState(path, self.calls, packed)
             return state
 
         def device(path: str) -> torch.device:
@@ -159,15 +150,15 @@ class Attached(NotCopied):
             state_of(paths[key])
         return self._shelf.place(adapter, paths, slots, device)
 
-    def _attach_layer(self, path: str, module: torch.nn.Module, state: LayerState) -> None:
+    def _attach_layer(
+        self, changes: ExitStack, path: str, module: torch.nn.Module, state: LayerState
+    ) -> None:
         kind = kind_of(module)
         assert kind is not None
-        module._lora = state  # type: ignore[assignment]
-        module.__class__ = attached_class(kind, state.base_class)
-        self._layers[path] = module
+        _put_before(changes, module, kind, "_lora", state)
         if any(isinstance(m, torch.nn.TransformerEncoderLayer) for m in self._above(path)):
             # Its fast path reads the weights past forward, but not where there is a hook.
-            state.hook = module.register_forward_pre_hook(_nothing)
+            changes.callback(module.register_forward_pre_hook(_nothing).remove)
 
     def _above(self, path: str) -> Iterable[torch.nn.Module]:
         """The modules that a path leads through."""
@@ -214,7 +205,8 @@ class Attached(NotCopied):
         self._kept = {}
         mixture = mixture_of("set_adapter", self._active, self._placed)
         by_torch = [p for p, _ in mixture if p.trained or p.dropout]
-        self.calls.default = self._rows([mixture], True, by_torch) if mixture else None
+        served = mixture and not self._merged.adapters
+        self.calls.default = self._rows([mixture], True, by_torch) if served else None
 
     def _rows(
         self,
@@ -343,8 +335,6 @@ class Attached(NotCopied):
         modules = dict(self.model.named_modules(remove_duplicate=False))
         self._merged.change(op, adapters, modules)
         self._changed()
-        if adapters:
-            self.calls.default = None
 
     # ---- out of the model ----
 
@@ -369,21 +359,22 @@ class Attached(NotCopied):
                 self._untrain(name, placed)
             for parameter, required in self._frozen:
                 parameter.requires_grad_(required)
-            del self.model._lora_model
-            self.model.__class__ = self._base_class
-            for module in self._layers.values():
-                state: Any = module._lora
-                module.__class__ = state.base_class
-                if state.hook is not None:
-                    state.hook.remove()
-                del module._lora
-            for module in self._checkpointed:
-                module.__class__ = module.__class__.__bases__[1]
-                del module._lora_calls
+            self._changes.close()
             self._placed, self._layers = {}, {}
             self._active = None
             self._changed()
         self._shelf.sweep()
+
+
+def _put_before(
+    changes: ExitStack, module: torch.nn.Module, front: type, attribute: str, value: Any
+) -> None:
+    """A class before a module's own, with what it needs to know, until the changes are closed."""
+    base = type(module)
+    setattr(module, attribute, value)
+    changes.callback(delattr, module, attribute)
+    module.__class__ = attached_class(front, base)
+    changes.callback(setattr, module, "__class__", base)
 
 
 def _nothing(module: torch.nn.Module, args: Any) -> None:

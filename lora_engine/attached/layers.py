@@ -25,16 +25,12 @@ _ops = torch.ops.lora_engine
 
 
 class LayerState(NotCopied):
-    """What an attached layer knows beyond its own: its path, whose calls it follows, its class
-    before, its pools; packed: who stands in for it."""
+    """What an attached layer knows beyond its own: its path, whose calls it follows, its pools;
+    packed: who stands in for it."""
 
-    def __init__(
-        self, path: str, calls: Calls, base_class: type, packed: NF4Linear | None = None
-    ) -> None:
-        self.path, self.calls, self.base_class = path, calls, base_class
-        self.packed = packed
+    def __init__(self, path: str, calls: Calls, packed: NF4Linear | None = None) -> None:
+        self.path, self.calls, self.packed = path, calls, packed
         self.placements: dict[str, Placement] = {}  # by the dtype of the pool
-        self.hook: Any = None
 
 
 class Delta(NamedTuple):

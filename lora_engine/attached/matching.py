@@ -43,6 +43,18 @@ class Model:
             for name, _ in module.named_children()
         }
 
+    def check_free(self, calls: Any) -> None:
+        """Refuses a model that another handle than that of these calls has a part of."""
+        for path, module in self.modules.items():
+            held = vars(module)
+            owners = [getattr(held.get(key), "calls", None) for key in ("_lora_model", "_lora")]
+            if any(other not in (None, calls) for other in (*owners, held.get("_lora_calls"))):
+                raise ValueError(
+                    f"{self.op}: model: expected one that nothing is attached to, nor to a part"
+                    f" of it, got {path or 'an attached one'}: use the add of its handle, or detach"
+                    " that first"
+                )
+
     def adapter(self, name: str, source: Any) -> Adapter:
         """An adapter from what a user gives: an Adapter, a MicroLoRA or a PEFT folder."""
         if isinstance(source, Adapter):

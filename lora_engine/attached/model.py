@@ -54,9 +54,9 @@ class AttachedGenerator(AttachedModel):
 
     def generate(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """``generate`` of the model, each row of the inputs with its adapter."""
-        if adapter_names is None:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
         handle: Attached = self._lora_model
+        if adapter_names is None and hasattr(handle.calls.local, "rows"):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]  # inside another call
         with torch.no_grad():
             rows = handle.rows_of(adapter_names, batch_of(args, kwargs), repeats(self, kwargs))
         with handle.calls.within(rows):

@@ -158,7 +158,7 @@ class Shelf:
         self.pools: dict[tuple[Any, ...], AdapterPool] = {}
         self._next = 1  # a number; 0 is none
         self._room = _FIRST  # of every table: a layer is also asked for numbers it has no slot of
-        self._placements: list[Placement] = []
+        self._placements: weakref.WeakSet[Placement] = weakref.WeakSet()  # layers hold them
         self._free: deque[int] = deque()
         self.dropped: deque[tuple[int, list[Placement]]] = deque()
 
@@ -175,7 +175,7 @@ class Shelf:
             if key not in self.pools:
                 self.pools[key] = AdapterPool(*sizes, dtype=dtype, device=device)
             placements[dtype] = Placement(self.pools[key], self._room, device)
-            self._placements.append(placements[dtype])
+            self._placements.add(placements[dtype])
         return placements[dtype]
 
     def place(
