@@ -57,6 +57,16 @@ REFUSED = {
     ),
     "an embedding": ({"model.embed_tokens": weights()}, TypeError, "got Embedding"),
     "empty": ({}, ValueError, "empty"),
+    "NaN": (
+        {GOOD: weights()._replace(A=np.full((2, 16), np.nan, "f4"))},
+        ValueError,
+        "(bad|good): .*q_proj: expected finite numbers, got NaN",
+    ),
+    "an infinite scaling": (
+        {GOOD: weights()._replace(scaling=float("inf"))},
+        ValueError,
+        "q_proj: expected finite numbers",
+    ),
 }
 
 
@@ -165,6 +175,7 @@ def test_names_are_checked_before_anything_ran(model):
         (["a", 3, "a"], TypeError, "a name or .* got 3"),
         ([{}, "a", "a"], ValueError, "at least one adapter in a mixture"),
         ([{"a": "x"}, "a", "a"], TypeError, "a number as its weight"),
+        ([{"a": True}, "a", "a"], TypeError, "a number as its weight, got True"),
         ([{"a": float("nan")}, "a", "a"], ValueError, "finite"),
         ([{"a": 1.0, "b": 1.0}, "a", "a"], ValueError, "got 'b'"),
     ):
@@ -196,6 +207,33 @@ def test_a_layer_that_sees_another_number_of_elements_says_so():
     with pytest.raises(ValueError, match="each of the 6 elements that come to proj, got 2"):
         model(torch.ones(2, 3, 4), adapter_names=["a", "a"])
     assert model(torch.ones(2, 3, 4)).shape == (6, 4)
+
+
+def test_names_are_given_to_the_attached_model_not_to_a_part(model):
+    """Whose **kwargs would swallow them."""
+    handle = le.attach(model, {"a": Adapter({GOOD: weights()})})
+    with pytest.raises(TypeError, match="adapter_names: expected in a call of the attached model"):
+        model.model(**tokens(), adapter_names=["a"] * 3)
+    handle.detach()
+
+
+@pytest.mark.parametrize(
+    "make", [torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer]
+)
+def test_names_of_layers_whose_dimension_0_is_not_the_batch(make):
+    refused, taken = (make(8, 2, 16, dropout=0.0, batch_first=first) for first in (False, True))
+    x = torch.randn(3, 3, 8)
+    inputs = (x,) if make is torch.nn.TransformerEncoderLayer else (x, x)
+    adapter = Adapter({"linear1": weights(8, 16)})
+    le.attach(taken, {"a": adapter})
+    taken(*inputs, adapter_names=["a"] * 3)
+    plain = refused(*inputs)
+    handle = le.attach(refused, {"a": adapter})
+    with pytest.raises(ValueError, match=r"got linear1, of a module with batch_first=False"):
+        refused(*inputs, adapter_names=["a"] * 3)
+    assert not torch.equal(refused(*inputs), plain)
+    handle.set_adapter(None)
+    assert torch.equal(refused(*inputs), plain)
 
 
 def test_a_projection_inside_multi_head_attention():

@@ -12,9 +12,10 @@ import torch
 
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.micro_lora import MicroLoRA
+from lora_engine.attached.classes import put_before
 from lora_engine.attached.layers import LayerState
-from lora_engine.attached.matching import Model, kind_of
-from lora_engine.attached.merging import Merged
+from lora_engine.attached.matching import Model, is_sequence_first, kind_of
+from lora_engine.attached.merging import MergedBase
 from lora_engine.attached.model import (
     AttachedCheckpoint,
     AttachedGenerator,
@@ -30,19 +31,6 @@ Source = str | os.PathLike[str] | MicroLoRA | Adapter
 _KEPT = 32  # batches whose rows are kept, by their names
 
 
-_classes: dict[tuple[type, type], Any] = {}
-
-
-def attached_class(front: type, base: type) -> Any:
-    """``base`` with ``front`` before it, under the name of ``base``."""
-    if (front, base) in _classes:
-        return _classes[front, base]
-    # torch's own name would make the compiler take sizes in the layer, of tables, for constants.
-    module = __name__ if base.__module__.startswith("torch.") else base.__module__
-    names = {"__module__": module, "__qualname__": base.__qualname__}
-    return _classes.setdefault((front, base), type(base.__name__, (front, base), names))
-
-
 class Attached(NotCopied):
     """The adapters of a model, by name. Made by ``lora_engine.attach``."""
 
@@ -53,16 +41,16 @@ class Attached(NotCopied):
         self._placed: Mapping[str, Placed] = {}  # exchanged whole
         self._layers: dict[str, torch.nn.Module] = {}  # attached modules by path
         self._active: Name = next(iter(adapters))
-        self._kept: dict[Any, Rows | None] = {}
-        self._merged = Merged()
+        self._kept: dict[Any, Rows] = {}
+        self._merged = MergedBase()
         self._frozen: list[tuple[torch.nn.Parameter, bool]] = []
         self._changes = ExitStack()  # of modules, which closing it takes back
         try:
             self._add("attach", adapters)
             for module in checkpointed(model):
-                _put_before(self._changes, module, AttachedCheckpoint, "_lora_calls", self.calls)
+                put_before(self._changes, module, AttachedCheckpoint, "_lora_calls", self.calls)
             front = AttachedGenerator if hasattr(model, "generate") else AttachedModel
-            _put_before(self._changes, model, front, "_lora_model", self)
+            put_before(self._changes, model, front, "_lora_model", self)
         except BaseException:
             self._changes.close()
             raise
@@ -155,8 +143,10 @@ class Attached(NotCopied):
     ) -> None:
         kind = kind_of(module)
         assert kind is not None
-        _put_before(changes, module, kind, "_lora", state)
-        if any(isinstance(m, torch.nn.TransformerEncoderLayer) for m in self._above(path)):
+        put_before(changes, module, kind, "_lora", state)
+        above = list(self._above(path))
+        state.sequence_first = any(map(is_sequence_first, above))
+        if any(isinstance(m, torch.nn.TransformerEncoderLayer) for m in above):
             # Its fast path reads the weights past forward, but not where there is a hook.
             changes.callback(module.register_forward_pre_hook(_nothing).remove)
 
@@ -203,10 +193,10 @@ class Attached(NotCopied):
     def _changed(self) -> None:
         """After any change to what names mean."""
         self._kept = {}
-        mixture = mixture_of("set_adapter", self._active, self._placed)
+        active = None if self._merged.adapters else self._active
+        mixture = mixture_of("set_adapter", active, self._placed)
         by_torch = [p for p, _ in mixture if p.trained or p.dropout]
-        served = mixture and not self._merged.adapters
-        self.calls.default = self._rows([mixture], True, by_torch) if served else None
+        self.calls.default = self._rows([mixture], True, by_torch)
 
     def _rows(
         self,
@@ -214,19 +204,18 @@ class Attached(NotCopied):
         uniform: bool,
         by_torch: Iterable[Placed],
         repeat: int = 1,
-    ) -> Rows | None:
+    ) -> Rows:
         """by_torch: those that torch's own ops compute."""
-        if not any(mixtures):
-            return None
         by_torch = frozenset(by_torch)
         for placed in by_torch:
             placed.view()
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        return Rows(mixtures, uniform, device, by_torch, repeat)
+        with torch.inference_mode(False):  # they are kept
+            return Rows(mixtures, uniform, device, by_torch, repeat)
 
-    def rows_of(self, names: Any, batch: int | None, repeat: int = 1) -> Rows | None:
+    def rows_of(self, names: Any, batch: int | None, repeat: int = 1) -> Rows:
         """What a call's adapter_names, or with None set_adapter's choice, stand for; checked
-        before it runs. None: the base alone."""
+        before it runs."""
         if self._shelf.dropped:
             self._shelf.sweep()
         op = "adapter_names"
@@ -241,22 +230,31 @@ class Attached(NotCopied):
         if self._merged.adapters:
             if names is not None:
                 _check_unmerged(op, next(iter(self._merged.adapters)), self._merged)
-            return None
+            return self.calls.default
         kept = self._kept  # the one of now: who changes names makes a new one
         placed, active = self._placed, self._active
         if key in kept:
             return kept[key]
+        if names is not None:
+            self._check_batch_first(op)
         wanted = [active] if names is None else names
         mixtures = [mixture_of(op, name, placed) for name in wanted]
         named = {p for mixture in mixtures for p, _ in mixture}
         by_torch = [p for p in named if (p.trained and grad) or (p.dropout and training)]
         rows = self._rows(mixtures, names is None, by_torch, repeat)
-        if names is not None and rows is not None and grad:
-            self.calls.recorded = True
         if len(kept) >= _KEPT:
             kept.clear()
         kept[key] = rows
         return rows
+
+    def _check_batch_first(self, op: str) -> None:
+        for path, module in self._layers.items():
+            state: Any = module._lora
+            if state.sequence_first:
+                raise ValueError(
+                    f"{op}: expected layers whose dimension 0 is the batch, got {path}, of a module"
+                    " with batch_first=False: use set_adapter, or batch_first=True"
+                )
 
     # ---- training ----
 
@@ -366,17 +364,6 @@ class Attached(NotCopied):
         self._shelf.sweep()
 
 
-def _put_before(
-    changes: ExitStack, module: torch.nn.Module, front: type, attribute: str, value: Any
-) -> None:
-    """A class before a module's own, with what it needs to know, until the changes are closed."""
-    base = type(module)
-    setattr(module, attribute, value)
-    changes.callback(delattr, module, attribute)
-    module.__class__ = attached_class(front, base)
-    changes.callback(setattr, module, "__class__", base)
-
-
 def _nothing(module: torch.nn.Module, args: Any) -> None:
     """A hook."""
 
@@ -385,6 +372,6 @@ def _frozen(name: Any) -> Any:
     return tuple(name.items()) if isinstance(name, Mapping) else name
 
 
-def _check_unmerged(op: str, name: str, merged: Merged) -> None:
+def _check_unmerged(op: str, name: str, merged: MergedBase) -> None:
     if name in merged.adapters:
         raise ValueError(f"{op}: expected no merged adapter, got {name!r}: unmerge it first")

@@ -26,11 +26,12 @@ _ops = torch.ops.lora_engine
 
 class LayerState(NotCopied):
     """What an attached layer knows beyond its own: its path, whose calls it follows, its pools;
-    packed: who stands in for it."""
+    packed: who stands in for it; sequence_first: it is told that x's dimension 0 is no batch."""
 
     def __init__(self, path: str, calls: Calls, packed: NF4Linear | None = None) -> None:
         self.path, self.calls, self.packed = path, calls, packed
         self.placements: dict[str, Placement] = {}  # by the dtype of the pool
+        self.sequence_first = False
 
 
 class Delta(NamedTuple):

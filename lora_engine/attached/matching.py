@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 
 from lora_engine.adapters.adapter import Adapter, LoraWeights
 from lora_engine.adapters.micro_lora import MicroLoRA
+from lora_engine.adapters.peft_tensors import PREFIX
 from lora_engine.attached.layers import AttachedEmbedding, AttachedLayer, AttachedLinear, kinds
 
-PREFIX = "base_model.model."  # of paths in a model that PEFT has wrapped
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,6 +29,13 @@ def kind_of(module: torch.nn.Module) -> type[AttachedLayer] | None:
         if isinstance(module, kind.BASE):
             return kind
     return None
+
+
+def is_sequence_first(module: torch.nn.Module) -> bool:
+    """Whether a module says that the batch is dimension 1 of what its layers are given."""
+    torchs = (torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
+    told: Any = module.self_attn if isinstance(module, torchs) else module
+    return getattr(told, "batch_first", None) is False
 
 
 class Model:
@@ -71,17 +79,15 @@ class Model:
     def _of_micro_lora(self, name: str, lora: MicroLoRA) -> Adapter:
         """Its modules' weights for every path that ends in their names, as PEFT's
         target_modules mean it."""
-        config, modules = lora.config, {}
-        for target in config.target_modules:
-            weights = LoraWeights(*lora.weights(target))
+        own, modules = Adapter.from_micro_lora(lora), {}
+        for target, weights in own.modules.items():
             paths = [p for p in self.modules if p == target or p.endswith("." + target)]
-            if not paths and kind_of(self.root) and len(config.target_modules) == 1:
+            if not paths and kind_of(self.root) and len(own.modules) == 1:
                 paths = [""]
             if not paths:
                 self._refuse_foreign(name, [target])
             modules.update(dict.fromkeys(paths, weights))
-        peft_config = {"lora_dropout": config.dropout} if config.dropout else {}
-        return Adapter(modules, peft_config=peft_config)
+        return replace(own, modules=modules)
 
     def paths(self, name: str, adapter: Adapter) -> dict[str, str]:
         """The model's path for each of the adapter's; ValueError for one of another model."""
@@ -138,6 +144,18 @@ class Model:
                 raise ValueError(
                     f"{self.op}: {name}: {paths[key]}: bias: expected the shape of the layer's,"
                     f" {got}, got {list(bias.shape)}"
+                )
+        self._check_finite(name, adapter)
+
+    def _check_finite(self, name: str, adapter: Adapter) -> None:
+        """As files are read."""
+        tensors: list[tuple[str, Any]] = list(adapter.biases.items())
+        for path, w in (*adapter.modules.items(), *adapter.embeddings.items()):
+            tensors += [(path, value) for value in w if value is not None]
+        for path, values in tensors:
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"{self.op}: {name}: {path}: expected finite numbers, got NaN or Inf"
                 )
 
     def _check_layer(

@@ -97,15 +97,19 @@ class Placed:
         """All weights as tensors, those in pools as views of their slots (copies of them, where
         the pool is not of the C++ core: they are not trained)."""
         if not self._viewed:
-            for path, (pool, slot) in self.slots.items():
-                try:
-                    A, B = pool.view(slot)
-                except TypeError:
-                    A, B = (torch.from_numpy(np.array(f)) for f in pool.get(slot)[:2])
-                scaling = pool.get(slot)[2]
-                self.weights.factors[path] = Factors(A, B, scaling)
+            with torch.inference_mode(False):  # they outlive the call, and may be trained
+                self._view()
             self._viewed = True
         return self.weights
+
+    def _view(self) -> None:
+        for path, (pool, slot) in self.slots.items():
+            try:
+                A, B = pool.view(slot)
+            except TypeError:
+                A, B = (torch.from_numpy(np.array(f)) for f in pool.get(slot)[:2])
+            scaling = pool.get(slot)[2]
+            self.weights.factors[path] = Factors(A, B, scaling)
 
     def now(self) -> Adapter:
         """The adapter with its weights of now."""
@@ -143,7 +147,8 @@ def _outline(adapter: Adapter) -> Adapter:
 
 
 def _tensor(array: Any, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.array(array, np.float32)).to(device)
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.array(array, np.float32)).to(device)
 
 
 def _array(tensor: Tensor) -> Any:
