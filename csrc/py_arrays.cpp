@@ -163,7 +163,8 @@ void refuse_autograd(nb::handle object, const char *op, const char *arg) {
 // A view whose memory holds the negated values: torch.imag of a conjugate is one.
 // Such views skip over the real parts, so contiguous rows need no question.
 void refuse_negated(nb::handle object, const Array &a, const char *op, const char *arg) {
-  if (a.view.ndim > 0 && a.view.strides[a.view.ndim - 1] == 1) return;
+  int last = a.view.ndim - 1;
+  if (last >= 0 && a.view.strides[last] == 1 && a.view.shape[last] > 1) return;
   nb::object negated = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), torch().is_neg));
   if (!negated.is_valid()) throw nb::python_error();
   if (negated.ptr() == Py_True)
