@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what there is is kept
     effort = suite.QUICK if args.quick else suite.FULL if args.full else suite.NORMAL
     report = _measure(chosen, effort)
     for file in write(report, args.out):
@@ -70,6 +72,9 @@ def _measure(chosen: suite.Selection, effort: suite.Effort) -> dict[str, Any]:
 
         def step(done: str) -> None:
             progress.update(bar, advance=1, description=done[:48])
+            if not progress.console.is_terminal:  # where there is no bar: a line
+                task = progress.tasks[bar]
+                progress.console.print(f"{task.completed:.0f}/{task.total:.0f} {done}")
 
         return suite.measure(chosen, effort, step)
 

@@ -67,7 +67,7 @@ def points(quick: bool, threads: int) -> Iterator[tuple[str, int, Point]]:
             )
 
 
-def _contender(point: Point) -> tuple[Contender, int]:
+def _contender(point: Point) -> Contender:
     """Ours, held to the reference."""
     rng = np.random.default_rng(0)
     n, hidden, rank = point.rows, point.hidden, point.rank
@@ -94,7 +94,7 @@ def _contender(point: Point) -> tuple[Contender, int]:
         expected = check.Expected(delta(np.asarray), delta(np.abs))
         check.require(f"pool.forward, {point}", call(), expected)
 
-    return Contender(OURS, call, verify), point.threads
+    return Contender(OURS, call, verify)
 
 
 def measure(axis: str, value: int, point: Point, machine: Machine, rounds: int) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def measure(axis: str, value: int, point: Point, machine: Machine, rounds: int) 
     threads = le.get_num_threads()
     le.set_num_threads(point.threads or threads)
     try:
-        contender, _ = _contender(point)
+        contender = _contender(point)
         row: dict[str, Any] = {"axis": axis, "value": value, **point._asdict()}
         try:
             contender.verify()

@@ -9,6 +9,7 @@ from bench import environment, flops, growth, table, variants
 from bench.case import Case
 from bench.cases import CASES
 from bench.machine import Machine
+from bench.paired import BUDGET_SECONDS
 
 SCHEMA = "lora_engine bench report"
 SCHEMA_VERSION = 1
@@ -16,17 +17,19 @@ PEERS = ("numpy", "torch", "peft", "bitsandbytes", "onnxruntime")
 
 
 class Effort(NamedTuple):
-    """rounds: of paired blocks. seconds: of single calls a case. growth: which points."""
+    """rounds: of paired blocks. budget: most seconds a case waits for quiet rounds. seconds: of
+    single calls a case. quick: fewer points of growth."""
 
     name: str
     rounds: int
+    budget: float
     seconds: float
     quick: bool
 
 
-QUICK = Effort("quick", 7, 0.15, True)
-NORMAL = Effort("normal", 31, 1.0, False)
-FULL = Effort("full", 101, 10.0, False)
+QUICK = Effort("quick", 7, 3.0, 0.15, True)
+NORMAL = Effort("normal", 31, BUDGET_SECONDS, 1.0, False)
+FULL = Effort("full", 101, BUDGET_SECONDS, 10.0, False)
 
 Step = Callable[[str], None]  # told the name of what was measured
 
@@ -75,7 +78,7 @@ def _row(case: Case, machine: Machine, threads: int, effort: Effort) -> dict[str
     """A case's row of the speed table, with the latency of single calls."""
     row: dict[str, Any] = {"op": case.op, "shape": case.shape, "flops": case.flops, "peers": []}
     try:
-        row |= table.measure(case, machine, threads, effort.rounds, effort.seconds)
+        row |= table.measure(case, machine, threads, effort.rounds, effort.budget, effort.seconds)
     except AssertionError as wrong:
         row["wrong"] = str(wrong)
     return row

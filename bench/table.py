@@ -15,7 +15,7 @@ from bench import environment, latency
 from bench.case import OURS, Case, Contender
 from bench.cases import CASES
 from bench.machine import Kernel, Machine, Place, honest_floor, place_of
-from bench.paired import Times, paired, ratio, spread
+from bench.paired import BUDGET_SECONDS, Times, paired, ratio, spread
 
 RESULTS = Path(__file__).parent / "results"
 HEAD = (
@@ -88,7 +88,12 @@ def _peer(case: Case, contender: Contender, times: Times) -> dict[str, Any]:
 
 
 def measure(
-    case: Case, machine: Machine, threads: int, rounds: int, single_calls: float = 0.0
+    case: Case,
+    machine: Machine,
+    threads: int,
+    rounds: int,
+    budget: float = BUDGET_SECONDS,
+    single_calls: float = 0.0,
 ) -> dict[str, Any]:
     """One row: everything checked, then timed, and for so many seconds our single calls.
 
@@ -104,7 +109,7 @@ def measure(
         c.verify()
     place = case.traffic and place_of(case.traffic.footprint, case.traffic.threads or threads)
     probes = machine.observe(place) if place else []
-    timing = paired(present + [kernel.contender for kernel in probes], rounds)
+    timing = paired(present + [kernel.contender for kernel in probes], rounds, budget)
     times = timing.times
     if single_calls:
         row["latency"] = latency.describe(latency.sample(present[0], single_calls))

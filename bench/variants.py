@@ -34,6 +34,27 @@ def _pool(dtype: str, rank: int) -> tuple[str, int, int, Callable[[], Any]]:
     return label, 2 * rank * FEATURES, size, call
 
 
+def _int8(rank: int) -> tuple[str, int, int, Callable[[], Any]]:
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((rank, FEATURES), dtype=np.float32)
+    lora = le.Int8LoRA.from_weights(A, np.ascontiguousarray(A.T), 2.0)
+    x = rng.standard_normal((1, FEATURES), dtype=np.float32)
+    y = np.empty_like(x)
+    return f"Int8LoRA r={rank}", 2 * rank * FEATURES, lora.nbytes, lambda: lora.forward(x, out=y)
+
+
+def _vera(rank: int) -> tuple[str, int, int, Callable[[], Any]]:
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((rank, FEATURES), dtype=np.float32)
+    vera = le.Vera({"q_proj": (FEATURES, FEATURES)}, rank, A=A, B=np.ascontiguousarray(A.T))
+    b, d = vera.modules["q_proj"][:2]
+    x = rng.standard_normal((1, FEATURES), dtype=np.float32)
+    y = np.empty_like(x)
+    shared = (vera.A.nbytes + vera.B.nbytes) / 1e6
+    label = f"VeRA r={rank} (all share {shared:.0f} MB)"
+    return label, b.size + d.size, b.nbytes + d.nbytes, lambda: vera.forward(x, "q_proj", out=y)
+
+
 def _nf4(double_quant: bool) -> tuple[str, int, int, Callable[[], Any]]:
     rng = np.random.default_rng(0)
     W = rng.standard_normal((FEATURES, FEATURES), dtype=np.float32)
@@ -62,6 +83,9 @@ def variants() -> Iterator[Callable[[], tuple[str, int, int, Callable[[], Any]]]
     for rank in (2, 16):
         for dtype in ("float32", "bfloat16", "float16"):
             yield lambda d=dtype, r=rank: _pool(d, r)  # type: ignore[misc]
+    for rank in (2, 16):
+        yield lambda r=rank: _int8(r)  # type: ignore[misc]
+    yield lambda: _vera(256)
     yield lambda: _nf4(False)
     yield lambda: _nf4(True)
     if not absent("torch"):

@@ -70,12 +70,33 @@ void eigen(int64_t n, double *m, double *vectors, double *values) {
   for (int64_t i = 0; i < n; ++i) values[i] = m[i * n + i];
 }
 
+// The largest magnitude; Inf where one is not finite.
+double largest_of(const double *values, int64_t n) {
+  double most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!std::isfinite(values[i])) return HUGE_VAL;
+    most = std::max(most, std::fabs(values[i]));
+  }
+  return most;
+}
+
+// Of two ranks and a gentle pull, as they are.
+void set_matrix(const double *gram, const double *cross, double strength, float *matrix,
+                Solve *to) {
+  double m00 = strength * gram[0], m01 = strength * gram[1], m11 = strength * gram[3];
+  double values[] = {m00, m01, m11, std::max(m00 * m11 - m01 * m01, 0.0)};
+  std::copy_n(values, 4, matrix);
+  for (int64_t j = 0; j < 2; ++j)
+    for (int64_t k = 0; k < 2; ++k)
+      matrix[4 + 2 * j + k] = static_cast<float>(strength * cross[2 * k + j]);
+  to->matrix = matrix;
+}
+
 // The coefficients of a solve, for a pull of `strength` at a Fisher information of 1.
 void set_coefficients(int64_t r, double *gram, double *cross, double strength, float largest,
                       Solve *to) {
   // Of weights that hold NaN or Inf: nothing to pull at, so that only their own columns suffer.
-  auto finite = [](double v) { return std::isfinite(v); };
-  if (!std::all_of(gram, gram + r * r, finite) || !std::all_of(cross, cross + r * r, finite)) {
+  if (!std::isfinite(largest_of(gram, r * r)) || !std::isfinite(largest_of(cross, r * r))) {
     std::fill(gram, gram + r * r, 0.0);
     std::fill(cross, cross + r * r, 0.0);
   }
@@ -123,10 +144,10 @@ void delta_step(const Kernels &k, int32_t dtype, const FactorStep &step, const D
   Products products{other_weights, other.anchor, other.fisher, r, other.n, gram, cross, false};
   k.products[dtype](products);
   // float32 sums are off by some 1e-7: enough as long as the pull multiplies that by little.
-  constexpr double kGentle = 4;
-  double most = 0;
-  for (int64_t i = 0; i < 2 * r * r; ++i) most = std::max(most, std::fabs(gram[i]));
-  if (!(strength * step.lr * own.largest * most * r <= kGentle)) {
+  constexpr double kGentle = 4, kFits = 1e15;  // whose square float32 holds
+  const double pull = strength * step.lr, most = pull * largest_of(gram, 2 * r * r);
+  const bool gentle = own.largest * most * r <= kGentle;
+  if (!gentle) {
     products.wide = true;
     k.products[dtype](products);
   }
@@ -141,7 +162,11 @@ void delta_step(const Kernels &k, int32_t dtype, const FactorStep &step, const D
   u.anchor = own.anchor;  // null where the anchored adapter adds nothing: nothing pulls
   solve.u = u;
   solve.rank = r;
-  set_coefficients(r, gram, cross, strength * step.lr, own.largest, &solve);
+  float matrix[8];
+  if (r == 2 && gentle && most <= kFits)
+    set_matrix(gram, cross, pull, matrix, &solve);
+  else
+    set_coefficients(r, gram, cross, pull, own.largest, &solve);
   const float **vec = b.vec.get(r);
   float *coef = b.coef.get(r);
   for (int64_t j = 0; j < r; ++j) {

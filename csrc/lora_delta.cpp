@@ -1,12 +1,13 @@
 // Op 1: the delta of one adapter that lies in two arrays.
 #include "forward.h"
 #include "tiles.h"
+#include "transpose.h"
 
 namespace le {
 namespace {
 
 struct PackMemory {
-  Scratch<float> words;
+  Scratch<uint32_t> words;
   Scratch<uint16_t> halves;
 };
 
@@ -24,12 +25,17 @@ void pack(const Rows &m, T *to, int64_t stride) {
   if (m.row_stride == 1 && m.col_stride == m.n) {
     if (m.n == 2) return pack_columns<2>(from, m.width, to, stride);
     if (m.n == 4) return pack_columns<4>(from, m.width, to, stride);
-    if (m.n == 8) return pack_columns<8>(from, m.width, to, stride);
   }
-  constexpr int64_t kBlock = 64;  // columns at a time: a transpose reads each line once
-  for (int64_t j0 = 0; j0 < m.width; j0 += kBlock) {
-    int64_t j1 = std::min(j0 + kBlock, m.width);
-    for (int64_t i = 0; i < m.n; ++i)
+  constexpr int64_t kColumns = 64;  // at a time: a transpose reads each line once
+  constexpr int N = Square<T>::N;
+  for (int64_t j0 = 0; j0 < m.width; j0 += kColumns) {
+    int64_t j1 = std::min(j0 + kColumns, m.width), i = 0;
+    if (m.row_stride == 1 && j1 - j0 == kColumns)
+      for (; i + N <= m.n; i += N)
+        for (int64_t j = j0; j < j1; j += N)
+          Square<T>::transpose(from + i + j * m.col_stride, m.col_stride, to + i * stride + j,
+                               stride);
+    for (; i < m.n; ++i)
       for (int64_t j = j0; j < j1; ++j)
         to[i * stride + j] = from[i * m.row_stride + j * m.col_stride];
   }
@@ -47,7 +53,7 @@ const char *packed_rows(const Rows &m, PackMemory &memory, int64_t *stride) {
   int64_t step = m.width + 64 / size;
   *stride = step * size;
   if (m.dtype == LE_FLOAT32) {
-    float *to = memory.words.get(m.n * step);
+    uint32_t *to = memory.words.get(m.n * step);
     pack(m, to, step);
     return reinterpret_cast<const char *>(to);
   }
@@ -73,6 +79,27 @@ void run_pairs(const Shape &shape, const Tile &tile, const Rows &b, const Term &
         h + 2 * i, b.data, b.n, shape.y.row(tile.rows[i]), shape.accumulate);
 }
 
+// One tile, with B as it lies: turned over a block of columns at a time, which stays in the cache,
+// where the whole of it would be written and read again.
+constexpr int64_t kPackedBytes = 16 * 1024;
+void run_blocks(Context &context, int threads, const Shape &shape, const Tile &tile, const Rows &bt,
+                const Term &term) {
+  LE_PER_THREAD(Buffers, held);  // the caller's, while its own are used by the tasks
+  float *h = held.h.get(tile.m * term.rank);
+  shrink_split(context, threads, shape, tile, &term, 1, tile_inputs(shape, tile, held), h);
+  int64_t step = kPackedBytes / (term.rank * dtype_size(bt.dtype)) / 64 * 64;
+  step = std::max<int64_t>(step, 64);
+  context.threads.run((bt.width + step - 1) / step, threads, [&](int64_t task) {
+    LE_PER_THREAD(PackMemory, memory);
+    Rows block = bt;
+    block.data = bt.at(0, task * step);
+    block.width = std::min(step, bt.width - task * step);
+    Term part = term;
+    part.up = packed_rows(block, memory, &part.up_stride);
+    expand_terms(shape, tile, &part, 1, h, term.rank, 0, task * step, block.width, buffers());
+  });
+}
+
 }  // namespace
 
 void lora_delta(Context &context, const le_array *x, const le_array *A, const le_array *B,
@@ -92,15 +119,19 @@ void lora_delta(Context &context, const le_array *x, const le_array *A, const le
   LE_PER_THREAD(PackMemory, b_memory);
   LE_PER_THREAD(Scratch<int64_t>, row_memory);
   const int64_t *rows = row_numbers(shape.x.n, row_memory);
-  int64_t a_stride, bt_stride;
+  int64_t a_stride;
   const char *down = packed_rows(a, a_memory, &a_stride);
   if (as_pairs(shape, b))
     return run_pairs(shape, {rows, shape.x.n}, b, {down, nullptr, a_stride, 0, 2, scaling});
   Rows bt = transposed(b);
-  const char *up = packed_rows(bt, b_memory, &bt_stride);
-  Term term{down, up, a_stride, bt_stride, a.n, scaling};
   int64_t step = context.tile_rows(), tiles = (shape.x.n + step - 1) / step;
   int64_t bytes = shape.x.n * a.n * (a.width + b.n) * dtype_size(a.dtype);
+  Term term{down, nullptr, a_stride, 0, a.n, scaling};
+  if (tiles == 1 && a.n && !bt.contiguous_rows()) {
+    int threads = bytes < kSplitBytes ? 1 : context.threads_for(bytes);
+    return run_blocks(context, threads, shape, {rows, shape.x.n}, bt, term);
+  }
+  term.up = packed_rows(bt, b_memory, &term.up_stride);
   run_tiles(context, shape, tiles, bytes, [&](int64_t index, auto &&run) {
     Tile tile{rows + index * step, std::min(step, shape.x.n - index * step)};
     run(tile, tile_inputs(shape, tile, buffers()), &term, 1, 0, shape.y.width);

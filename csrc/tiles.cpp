@@ -85,18 +85,25 @@ void run_tile(const Shape &shape, const Tile &tile, const Term *terms, int64_t c
   expand_terms(shape, tile, terms, count, h, rank, 0, column, n, b);
 }
 
+void shrink_split(Context &context, int threads, const Shape &shape, const Tile &tile,
+                  const Term *terms, int64_t count, const float *const *x, float *h) {
+  int64_t rank = total_rank(terms, count);
+  int64_t step =
+      threads > 1 ? std::max<int64_t>((rank + 4 * threads - 1) / (4 * threads), 4) : rank;
+  context.threads.run((rank + step - 1) / step, threads, [&](int64_t task) {
+    int64_t from = task * step;
+    shrink_terms(shape, tile, x, terms, count, from, std::min(from + step, rank), h, rank,
+                 buffers());
+  });
+}
+
 void run_tile_split(Context &context, int threads, const Shape &shape, const Tile &tile,
                     const Term *terms, int64_t count, const float *const *x, int64_t column,
                     int64_t n, Buffers &b) {
   int64_t rank = total_rank(terms, count);
   if (rank == 0) return no_terms(shape, tile, column, n, b);
   float *h = b.h.get(tile.m * rank);
-  int64_t rank_step = std::max<int64_t>((rank + 4 * threads - 1) / (4 * threads), 4);
-  context.threads.run((rank + rank_step - 1) / rank_step, threads, [&](int64_t task) {
-    int64_t from = task * rank_step;
-    shrink_terms(shape, tile, x, terms, count, from, std::min(from + rank_step, rank), h, rank,
-                 buffers());
-  });
+  shrink_split(context, threads, shape, tile, terms, count, x, h);
   int64_t step = std::max<int64_t>(n / (4 * threads) / 64 * 64, 256);
   context.threads.run((n + step - 1) / step, threads, [&](int64_t task) {
     int64_t at = task * step;

@@ -58,6 +58,10 @@ void expand_terms(const Shape &shape, const Tile &tile, const Term *terms, int64
 // Rows that no adapter touches: their bits stay, or become zeros.
 void no_terms(const Shape &shape, const Tile &tile, int64_t column, int64_t n, Buffers &b);
 
+// shrink_terms of all ranks, h [m, R], dealt out to threads.
+void shrink_split(Context &context, int threads, const Shape &shape, const Tile &tile,
+                  const Term *terms, int64_t count, const float *const *x, float *h);
+
 // A tile on one thread: shrink, then expand.
 void run_tile(const Shape &shape, const Tile &tile, const Term *terms, int64_t count,
               const float *const *x, int64_t column, int64_t n, Buffers &b);

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lora_engine.adapters import micro_folder, peft_format
 from lora_engine.adapters.adapter import Adapter, LoraWeights
+from lora_engine.adapters.low_rank import orthonormal
 from lora_engine.adapters.peft_tensors import keys_of
 from lora_engine.errors import FormatError
 
@@ -70,11 +71,14 @@ def norm(weights: LoraWeights) -> float:
 
 
 def singular_values(weights: LoraWeights) -> NDArray[np.float64]:
-    """Those of s B A, descending, at most r: of the product of the factors' triangles (QR)."""
+    """Those of s B A, descending, as many as the least of r, in and out.
+
+    Of the product of the factors' coordinates in orthonormal bases.
+    """
     A, B = (np.asarray(w, np.float64) for w in weights[:2])
-    triangles = np.linalg.qr(B)[1] @ np.linalg.qr(A.T)[1].T
-    values: NDArray[np.float64] = np.linalg.svd(triangles, compute_uv=False)
-    return abs(weights.scaling) * values
+    core = orthonormal(B).coordinates @ orthonormal(A.T).coordinates.T
+    values = np.linalg.svd(core, compute_uv=False)
+    return abs(weights.scaling) * np.pad(values, (0, min(*A.shape, len(B)) - len(values)))
 
 
 def effective_rank(values: NDArray[np.float64]) -> float:

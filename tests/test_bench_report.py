@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -251,6 +253,47 @@ def test_select_keeps_growth_for_whole_runs() -> None:
         "lora.forward(x, m, out=y), NumPy", "lora.forward(x, m, out=y), torch",
     ]  # fmt: skip
     assert not chosen.whole
+
+
+class _NoMachine:
+    def levels(self, threads: int) -> None: ...
+
+    def report(self) -> list[dict[str, Any]]:
+        return []
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_writes_what_there_is(
+    ended_by: signal.Signals,
+    report: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = iter(report["rows"])
+
+    def measured(*_: Any) -> dict[str, Any]:
+        row = next(rows)
+        if row is report["rows"][1]:
+            os.kill(os.getpid(), ended_by)
+        return row
+
+    monkeypatch.setattr(suite, "Machine", _NoMachine)
+    monkeypatch.setattr(suite.flops, "rates", lambda threads: [])
+    monkeypatch.setattr(suite.table, "measure", measured)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        status = main(["bench", "--op", "lora.forward", "--quick", "--out", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert status == 130
+    said = capsys.readouterr().err
+    assert "1/3 bandwidths" in said
+    assert "2/3 lora.forward" in said
+    assert "stopped: the report holds what was measured" in said
+    written = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert written["stopped"]
+    assert [r["op"] for r in written["rows"]] == ["lora.forward"]
 
 
 def test_percentiles_are_of_single_calls_and_need_enough_of_them() -> None:

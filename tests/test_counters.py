@@ -52,6 +52,16 @@ def test_calls_of_every_door_are_counted(pool: le.AdapterPool) -> None:
     assert _rise(before, counters()) == (7, 2, 0)
 
 
+def test_sona_tells_the_same() -> None:
+    micro = le.MicroLoRAConfig(N, N, rank=2, target_modules=("q",))
+    sona = le.Sona(le.SonaConfig(micro_lora=micro))
+    before = counters()
+    for _ in range(3):
+        sona.instant_adapt(X[0], le.Feedback.from_gradient(X[0]))
+    assert sona.stats().engine == counters()
+    assert _rise(before, sona.stats().engine)[1] == 3
+
+
 def test_rows_that_were_not_finite_are_skipped_updates(pool: le.AdapterPool) -> None:
     before = counters()
     x = X.copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -77,7 +78,7 @@ def expected(adapter):
     return f"digest {digest:08x}\n"
 
 
-def compiled(compiler: str, source: str, to: Path) -> Path:
+def compiled(compiler: str, source: str | Path, to: Path) -> Path:
     call(
         compiler, *(["-std=c++17"] if compiler == "c++" else []), "-O1", "-Wall", "-Wextra",
         "-Werror", "-pthread", EXAMPLES / source, f"-I{INCLUDE}", f"-L{LIB}",
@@ -88,6 +89,13 @@ def compiled(compiler: str, source: str, to: Path) -> Path:
 
 def test_c(adapter, expected, tmp_path):
     assert call(compiled("cc", "c/host.c", tmp_path / "host"), adapter) == expected
+
+
+def test_the_server_of_the_docs(tmp_path):
+    text = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```c\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "server.c").write_text(program, encoding="utf-8")
+    assert call(compiled("cc", tmp_path / "server.c", tmp_path / "s")) == "learned: 1 0 1\n"
 
 
 def test_cpp(adapter, expected, tmp_path):

@@ -86,12 +86,13 @@ def test_row_does_not_depend_on_its_batch(rank, threads):
         assert bits(le.lora_delta(x[i : i + 1], A, B, 1.0)) == bits(whole[i : i + 1])
 
 
-def test_large_single_row_is_the_same_on_two_threads(threads):
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_large_single_row_is_the_same_on_two_threads(order, threads):
     """Large enough for one row's inside to be dealt out to threads."""
     rng = np.random.default_rng(3)
     x = rng.standard_normal((1, 4097)).astype("f4")
     A = rng.standard_normal((256, 4097)).astype("f4")
-    B = np.asfortranarray(rng.standard_normal((3001, 256)).astype("f4"))
+    B = np.array(rng.standard_normal((3001, 256)), "f4", order=order)
     threads(1)
     one = le.lora_delta(x, A, B, 0.7)
     threads(2)

@@ -171,7 +171,7 @@ def test_saved_and_loaded(tmp_path):
 def test_refused_before_anything_changes():
     sona = le.Sona(config())
     taught(sona)
-    before, stats = served(sona, 0), sona.stats()
+    before, stats = served(sona, 0), sona.stats()._replace(engine=None)
     x, g = row(0), le.Feedback.from_gradient(row(0, OUT))
     for call, kind, text in (
         (lambda: sona.instant_adapt(x, g, session=0, quality=1.5), ValueError, "quality: expected"),
@@ -192,7 +192,7 @@ def test_refused_before_anything_changes():
         with pytest.raises(kind, match=text):
             call()
     assert np.array_equal(served(sona, 0), before)
-    assert sona.stats() == stats
+    assert sona.stats()._replace(engine=None) == stats
 
 
 @pytest.mark.parametrize(

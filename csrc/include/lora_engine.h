@@ -60,7 +60,7 @@ typedef enum le_dtype {
 } le_dtype;
 
 #define LE_MAX_DIMS 4
-#define LE_MAX_RANK 65536
+#define LE_MAX_RANK 65536 /* of an adapter, in the pool or in arrays */
 #define LE_ARRAY_READONLY 1u
 
 typedef struct le_array {

@@ -63,23 +63,42 @@ class Svd(NamedTuple):
 
 
 def orthonormal(X: F64) -> Basis:
-    """A basis of the columns of X [m, n], of directions above 1e-13 of the longest.
+    """A basis of the columns of X [m, n], of directions above 1e-13 of the longest once the
+    columns have length 1: a small adapter's, among large ones, are not taken for their rounding.
 
-    By eigenvectors of XᵀX, which costs matrix products where Householder's QR goes column by
-    column (SVQB: Stathopoulos and Wu 2002, SIAM J. Sci. Comput. 23). One pass is enough where no
-    direction is shorter than 1e-3 of the longest, and then Q need not be formed.
+    From G = XᵀX, which costs matrix products where Householder's QR goes column by column. Where
+    no direction is shorter than 1e-3 of the longest, X is taken for Q and L⁻ᵀ of Cholesky's
+    G = L Lᵀ for the mix (CholeskyQR: Golub and Van Loan, Matrix Computations, 4th ed., 5.2.7).
+    Else in passes by eigenvectors of G (SVQB: Stathopoulos and Wu 2002, SIAM J. Sci. Comput. 23).
     """
-    values, V = np.linalg.eigh(X.T @ X)
-    if len(values) and values[0] > _PASS * values[-1]:
-        roots = np.sqrt(values)
-        return Basis(X, V / roots, roots[:, None] * V.T)
-    Q = _deflated(X, values, V)
+    gram = X.T @ X
+    lengths = np.sqrt(np.diagonal(gram))
+    lengths = np.where(lengths > 0, lengths, 1.0)
+    gram /= np.outer(lengths, lengths)
+    found = _triangles(gram)
+    if found is not None:
+        L, inverse = found
+        return Basis(X, inverse.T / lengths[:, None], L.T * lengths)
+    Q = _deflated(X / lengths, gram)
     return Basis(Q, np.eye(Q.shape[1]), Q.T @ X)
 
 
-def _deflated(X: F64, values: F64, V: F64) -> F64:
+def _triangles(gram: F64) -> tuple[F64, F64] | None:
+    """(L, L⁻¹) of gram = L Lᵀ; None where its eigenvalues may be further apart than _PASS."""
+    try:
+        L = np.linalg.cholesky(gram).astype(np.float64, copy=False)
+        inverse = np.linalg.inv(L).astype(np.float64, copy=False)
+    except np.linalg.LinAlgError:
+        return None
+    sums = [np.abs(M).sum(axis) for M, axis in ((inverse, 0), (inverse, 1), (gram, 0))]
+    condition = np.prod([s.max(initial=0.0) for s in sums])  # ‖M‖² <= ‖M‖_1 ‖M‖_inf
+    return (L, inverse) if condition * _PASS < 1 else None
+
+
+def _deflated(X: F64, gram: F64) -> F64:
     """Q of X: each pass takes the long directions of what is left, and takes them out of it."""
     Q, rest = np.empty((len(X), 0)), X
+    values, V = np.linalg.eigh(gram)
     least = 1e-26 * values[-1] if len(values) else 0.0
     while len(values) and values[-1] > least:
         kept = values > _PASS * values[-1]
@@ -99,16 +118,12 @@ def svd_of_sum(left: F64, right: F64, scales: F64) -> Svd:
     From Q_L (Q_Lᵀ left) diag(scales) (rightᵀ Q_R) Q_Rᵀ, O((in + out) R²); the dense matrix is
     never formed. Numerical rank: directions above CONTENT of the largest.
     """
-    lengths = [np.sqrt(np.einsum("ij,ij->j", side, side)) for side in (left, right)]
-    units = [
-        side / np.where(length > 0, length, 1.0)
-        for side, length in zip((left, right), lengths, strict=True)
-    ]  # so that a small adapter among large ones is not taken for their rounding
-    sizes = scales * lengths[0] * lengths[1]
-    ours, theirs = orthonormal(units[0]), orthonormal(units[1])
-    core = (ours.coordinates * sizes) @ theirs.coordinates.T
+    ours, theirs = orthonormal(left), orthonormal(right)
+    lengths = [np.linalg.norm(side.coordinates, axis=0) for side in (ours, theirs)]
+    sizes = np.abs(scales) * lengths[0] * lengths[1]
+    core = (ours.coordinates * scales) @ theirs.coordinates.T
     U, S, Vt = np.linalg.svd(core, full_matrices=False)
-    floor = max(CONTENT * S[0], _NOISE * float(np.abs(sizes).max())) if len(S) else 0.0
+    floor = max(CONTENT * S[0], _NOISE * float(sizes.max())) if len(S) else 0.0
     k = int((floor < S).sum())
     return Svd(ours, theirs, U[:, :k], S[:k], Vt[:k], float(np.linalg.norm(S)))
 

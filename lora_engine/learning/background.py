@@ -16,6 +16,7 @@ from lora_engine.learning.sona_module import Array, Fast, Member, Module, Served
 
 log = logging.getLogger(__name__)
 
+THREADS = 2  # that a merge may use: the others are left to serving
 JOINED_RANKS = 4  # times the rank: that a session's adapter may grow to between two merges
 
 
@@ -141,6 +142,7 @@ def _merged(m: Module, config: SonaConfig, served: Served, fast: list[Fast]) -> 
         u=u,
         v=v,
         summed=True,
+        num_threads=THREADS,
     )
     return Served(m.pool.add(done.A, done.B, done.scaling), {}, {}, served.members)
 

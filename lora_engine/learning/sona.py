@@ -20,6 +20,7 @@ from lora_engine import ops
 from lora_engine.adapters.config import MicroLoRAConfig
 from lora_engine.adapters.exploration import Explorer, checked_sigma
 from lora_engine.adapters.micro_lora import AdaptResult, MicroLoRA
+from lora_engine.counters import Counters, counters
 from lora_engine.learning import background, deep
 from lora_engine.learning.background import BackgroundResult
 from lora_engine.learning.deep import DeepResult
@@ -37,7 +38,8 @@ LEFT_OUT = "max_pending_samples are waiting: learned, left out of the merge"
 class SonaStats(NamedTuple):
     """What a Sona did so far. pending_samples: applied, and seen by no consolidation yet.
     accumulated_quality: of applied samples since the last deep run. skipped: how many
-    samples taught nothing, or count for no consolidation, by reason."""
+    samples taught nothing, or count for no consolidation, by reason. engine: the counters of
+    the C++ core, of the whole process."""
 
     instant_count: int
     instant_avg_latency_us: float
@@ -48,6 +50,7 @@ class SonaStats(NamedTuple):
     pending_samples: int
     accumulated_quality: float
     skipped: dict[str, int]
+    engine: Counters
 
 
 class _SessionView:
@@ -304,6 +307,7 @@ class Sona:
                 self._instants, mean, self._counts["background"],
                 self._counts["background_rejected"], self._counts["deep"],
                 self._counts["deep_rejected"], self._pending, self._quality, dict(self._skipped),
+                counters(),
             )  # fmt: skip
 
     def consolidated(self) -> MicroLoRA:

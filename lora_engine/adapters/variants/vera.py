@@ -132,13 +132,23 @@ class Vera:
         self.modules[module] = VeraVectors(*new, v.in_features)
 
     def forward(self, x: Any, module: str, out: Any = None) -> Any:
-        """The delta of a module, [out] or [n, out], in ``out`` if given; as ``lora_delta``."""
-        A, B, scaling = self.weights(module)
-        if not isinstance(x, np.ndarray):
-            import torch
+        """The delta of a module, [out] or [n, out], in ``out`` if given.
 
-            A, B = (torch.from_numpy(m).to(x.device) for m in (A, B))  # type: ignore[assignment]
-        return ops.lora_delta(x, A, B, scaling, out)
+        Products of NumPy or torch in float32, as ``weights`` would be copies of A and B; so the
+        last bits of a row may depend on its batch. Raises as ``lora_delta``.
+        """
+        v = self._module(module)
+        A, B = self._shared(v)
+        b, d = v.b, v.d
+        if isinstance(x, np.ndarray):
+            y = ops.lora_delta(x, A[:0], B[:, :0], 1.0, out)  # checks both; zeros
+            y[...] = ((x @ A.T) * d) @ B.T * b
+            return y
+        import torch
+
+        A, B, b, d = (torch.from_numpy(m).to(x.device) for m in (A, B, b, d))  # type: ignore[assignment]
+        y = ops.lora_delta(x, A[:0], B[:, :0], 1.0, out)
+        return y.copy_(((x.float() @ A.T) * d) @ B.T * b)
 
     def gradient(self, x: Any, grad: Any, module: str) -> tuple[Array, Array]:
         """(dL/db [out], dL/dd [r]), means over the rows; x [n, in], grad = dL/dy [n, out].
