@@ -192,9 +192,8 @@ static void out_of_memory(void) {
 /* In steady state nothing is allocated where a host serves and teaches. */
 static void steady(void) {
   static le_status (*const served[])(Fixture *) = {
-      delta,    forward,    forward_slot, shrink,         linear,   linear_backward,
-      decode,   adapt,      adapt_slot,   adapt_observed, gradient, apply,
-      ewc_step, accumulate, encode,       fisher,         factors};
+      delta,      forward,        forward_slot, shrink, linear,   linear_backward, decode, adapt,
+      adapt_slot, adapt_observed, gradient,     apply,  ewc_step, accumulate,      encode, factors};
   Fixture f;
   fixture(&f);
   for (size_t i = 0; i < sizeof served / sizeof *served; ++i) {
