@@ -46,7 +46,7 @@ def _against(row: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         if "extra_ms" in peer:
             e = peer["extra_ms"]
             aim = _aim(f"{peer['wanted_extra_ms']:g} ms", peer["met"], noisy)
-            peer_name = f"`{peer['name']}`" if " " not in peer["name"] else peer["name"]
+            peer_name = peer["name"] if " " in peer["name"] else f"`import {peer['name']}`"
             yield peer_name, f"{e['median']:.0f} ms more", aim
     if floor and floor["within"]:
         a = floor["achieved_over_floor"]

@@ -48,8 +48,8 @@ inline void bump(std::atomic<uint64_t> &n, uint64_t by = 1) {
   n.store(n.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
 }
 
-// A call, while it lasts. One in LE_TIMED_EVERY is timed, at random: reading the clock twice would be some
-// 3 % of the shortest ones.
+// A call, while it lasts. One in LE_TIMED_EVERY is timed, at random: reading the clock twice would
+// be some 3 % of the shortest ones.
 class Call {
   using Clock = std::chrono::steady_clock;
 
