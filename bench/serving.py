@@ -12,7 +12,7 @@ least twice PEFT's throughput. And on the attached model rows that all name ``__
 
 Contenders take turns in rounds, A B C, C B A; of the rounds the half is kept in which our threads
 waited least for a CPU. Ratios are within a round, medians over rounds, with the 10th and 90th
-percentile.
+percentile. With ``--threads 1`` it is CPU time that is measured, which neighbours disturb least.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,9 +63,9 @@ AIM = Setup()
 
 
 def setups(quick: bool) -> list[Setup]:
-    """quick: the aim's alone."""
+    """quick: without growth."""
     growth = {Setup(128, count) for count in COUNTS} | {Setup(128, rank=rank) for rank in RANKS}
-    return [AIM] if quick else [AIM, AIM._replace(targets=ATTENTION), *sorted(growth)]
+    return [AIM, AIM._replace(targets=ATTENTION), *(() if quick else sorted(growth))]
 
 
 def batch(rows: int) -> dict[str, Any]:
@@ -153,6 +153,7 @@ def timed(calls: Calls, rounds: int, tick: Callable[[], None]) -> tuple[Times, f
     for a CPU in a round kept, per second of it."""
     import torch
 
+    clock = process_time if torch.get_num_threads() == 1 else perf_counter
     taken: list[tuple[float, dict[str, float]]] = []
     with torch.inference_mode():
         for call in calls.values():
@@ -161,9 +162,9 @@ def timed(calls: Calls, rounds: int, tick: Callable[[], None]) -> tuple[Times, f
             times = {}
             start, waited = perf_counter(), waiting_seconds()
             for name in [*calls] if turn % 2 == 0 else reversed([*calls]):
-                before = perf_counter()
+                before = clock()
                 calls[name]()
-                times[name] = perf_counter() - before
+                times[name] = clock() - before
             taken.append(((waiting_seconds() - waited) / (perf_counter() - start), times))
             tick()
     kept = sorted(taken, key=lambda one: one[0])[: (rounds + 1) // 2]
@@ -181,11 +182,11 @@ def row(times: Times, waited: float, **about: Any) -> dict[str, Any]:
 
 
 def measure(rounds: int, quick: bool) -> dict[str, Any]:
-    """All of it; quick: the two aims alone."""
+    """All of it; quick: without growth."""
     from transformers import AutoModel
 
     head = environment.describe()
-    environment.one_thread_count()
+    threads = environment.one_thread_count()
     model, wanted = AutoModel.from_pretrained(model_folder()).eval(), setups(quick)
     with Bar("rounds", (len(wanted) + 4) * rounds) as bar:
         base = row(*timed(base_rows(model), 4 * rounds, lambda: bar.advance(1)))
@@ -203,7 +204,7 @@ def measure(rounds: int, quick: bool) -> dict[str, Any]:
     load = {"before": head["machine"]["load_average"], "after": os.getloadavg()[0]}
     # fmt: off
     return {"schema": SCHEMA, "schema_version": 2, **head, "tokens": TOKENS, "rounds": rounds,
-            "load": load, "setups": found, "base": base, "aims": aims}
+            "threads": threads, "load": load, "setups": found, "base": base, "aims": aims}
     # fmt: on
 
 
@@ -258,9 +259,12 @@ def main() -> int:
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m bench.serving", None, __doc__, formatter_class=text)
     parser.add_argument("--rounds", type=int, default=13, help="a setup")
-    parser.add_argument("--quick", action="store_true", help="the aims alone, without growth")
+    parser.add_argument("--quick", action="store_true", help="without growth")
     parser.add_argument("--out", type=Path, default=Path("bench_output"), help="folder")
+    parser.add_argument("--threads", type=int, help="of torch and the engine; else all")
     args = parser.parse_args()
+    if args.threads is not None:
+        le.set_num_threads(args.threads)
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
     result = measure(args.rounds, args.quick)
