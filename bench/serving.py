@@ -8,7 +8,8 @@ PEFT takes over that is the most that any engine could be faster.
 
 The aims: 32 users, a query of 16 tokens each, an adapter of rank 8 on every linear layer; at
 least twice PEFT's throughput. And on the attached model rows that all name ``__base__``: at most
-3 % slower than the bare model. Growth: 128 such queries, with more adapters, and with more rank; without one forward each.
+3 % slower than the bare model. Growth: 128 such queries, with more adapters, and with more rank,
+without one forward each.
 
 Contenders take turns in rounds, A B C, C B A; of the rounds the half is kept in which our threads
 waited least for a CPU. Ratios are within a round, medians over rounds, with the 10th and 90th
