@@ -308,6 +308,7 @@ void pool_gradient(AdapterPool &pool, int32_t id, const le_array *x, const le_ar
     for (int s = 0; s < pool.num_slices(); ++s) rank += block.ranks[s];
     h_rows = matrix(op, "h", h, samples.x.n, rank, "[n, sum of ranks]");
     check_dtype(op, "h", h_rows.dtype, LE_FLOAT32, "");
+    check_overlap(op, "gradient", to, "h", h_rows);
     samples.h = &h_rows;
   }
   GradientBuffers &b = buffers();

@@ -70,12 +70,42 @@ void eigen(int64_t n, double *m, double *vectors, double *values) {
   for (int64_t i = 0; i < n; ++i) values[i] = m[i * n + i];
 }
 
+// The largest magnitude; Inf where one is not finite.
+double largest_of(const double *values, int64_t n) {
+  double most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!std::isfinite(values[i])) return HUGE_VAL;
+    most = std::max(most, std::fabs(values[i]));
+  }
+  return most;
+}
+
+// Of ranks 1 and 2; of others what it is at least.
+double least_eigenvalue(const double *gram, int64_t r) {
+  if (r == 1) return gram[0];
+  if (r > 2) return 0;
+  double a = gram[0], b = gram[1], c = gram[3];
+  double largest = (a + c + std::sqrt((a - c) * (a - c) + 4 * b * b)) / 2;
+  return largest > 0 ? std::max((a * c - b * b) / largest, 0.0) : 0;
+}
+
+// Of two ranks, as they are.
+void set_matrix(const double *gram, const double *cross, double strength, float *matrix,
+                Solve *to) {
+  double m00 = strength * gram[0], m01 = strength * gram[1], m11 = strength * gram[3];
+  double values[] = {m00, m01, m11, std::max(m00 * m11 - m01 * m01, 0.0)};
+  std::copy_n(values, 4, matrix);
+  for (int64_t j = 0; j < 2; ++j)
+    for (int64_t k = 0; k < 2; ++k)
+      matrix[4 + 2 * j + k] = static_cast<float>(strength * cross[2 * k + j]);
+  to->matrix = matrix;
+}
+
 // The coefficients of a solve, for a pull of `strength` at a Fisher information of 1.
 void set_coefficients(int64_t r, double *gram, double *cross, double strength, float largest,
                       Solve *to) {
   // Of weights that hold NaN or Inf: nothing to pull at, so that only their own columns suffer.
-  auto finite = [](double v) { return std::isfinite(v); };
-  if (!std::all_of(gram, gram + r * r, finite) || !std::all_of(cross, cross + r * r, finite)) {
+  if (!std::isfinite(largest_of(gram, r * r)) || !std::isfinite(largest_of(cross, r * r))) {
     std::fill(gram, gram + r * r, 0.0);
     std::fill(cross, cross + r * r, 0.0);
   }
@@ -122,14 +152,21 @@ void delta_step(const Kernels &k, int32_t dtype, const FactorStep &step, const D
   std::fill(cross, cross + r * r, 0.0);
   Products products{other_weights, other.anchor, other.fisher, r, other.n, gram, cross, false};
   k.products[dtype](products);
-  // float32 sums are off by some 1e-7: enough as long as the pull multiplies that by little.
+  // float32 sums, and sums of a pull with what it is to hold, are off by some 1e-7. That comes out
+  // multiplied by what the strongest pull is over what any direction gives way to it.
   constexpr double kGentle = 4;
-  double most = 0;
-  for (int64_t i = 0; i < 2 * r * r; ++i) most = std::max(most, std::fabs(gram[i]));
-  if (!(strength * step.lr * own.largest * most * r <= kGentle)) {
+  const double pull = strength * step.lr, most = pull * largest_of(gram, 2 * r * r);
+  const double least = pull * least_eigenvalue(gram, r), strongest = own.largest * most;
+  const bool gentle = strongest * r <= kGentle * (1 + own.largest * least);
+  if (!gentle) {
     products.wide = true;
     k.products[dtype](products);
   }
+  // Without an eigenbasis: float32 holds the square of kFits; where only float64 tells the
+  // determinant from 0, up to kStrong, and nothing may be pulled at.
+  constexpr double kFits = 1e15, kStrong = 1e6;
+  const bool direct = r == 2 && std::max(most, strongest) <= kFits &&
+                      (gentle || (!own.anchor && strongest <= kStrong));
 
   Solve solve{};
   u.src = step.src;
@@ -141,7 +178,11 @@ void delta_step(const Kernels &k, int32_t dtype, const FactorStep &step, const D
   u.anchor = own.anchor;  // null where the anchored adapter adds nothing: nothing pulls
   solve.u = u;
   solve.rank = r;
-  set_coefficients(r, gram, cross, strength * step.lr, own.largest, &solve);
+  float matrix[8];
+  if (direct)
+    set_matrix(gram, cross, pull, matrix, &solve);
+  else
+    set_coefficients(r, gram, cross, pull, own.largest, &solve);
   const float **vec = b.vec.get(r);
   float *coef = b.coef.get(r);
   for (int64_t j = 0; j < r; ++j) {

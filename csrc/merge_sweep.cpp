@@ -7,17 +7,18 @@
 namespace le {
 namespace {
 
-constexpr int64_t kGroup = 24;      // rows of a tile that stay in the L1
+constexpr int64_t kGroup = 12;      // rows of a tile that stay in the L2, some of them in the L1
 constexpr int64_t kRun = 8;         // groups that are summed in float32 before they go to float64
 constexpr int64_t kChunks = 8;      // of columns: tasks whose sums are added up in order
-constexpr int64_t kMost = 8 << 20;  // float64 of those sums; beyond it there are fewer chunks
+constexpr int64_t kMost = 8 << 20;  // float64 of a task; beyond it there are fewer
 
 }  // namespace
 
 // Of one task: its sums and its buffers.
 struct MergeSweep::Work {
   Inner sums;
-  Floats x;         // [width, tile], the tile of X, zeros past its end
+  int64_t columns;  // of the tile
+  Floats x;         // [width, tile], the tile of X
   Floats weighed;   // [group, tile], factor rows times their adapter's Fisher row
   Floats products;  // [pairs, tile]
   Floats part;      // what a kernel wrote
@@ -46,9 +47,11 @@ void MergeSweep::gather(const float *coefficients, int64_t lines, int64_t terms,
     for (int64_t f = 0; f < count; ++f) w.right[f] = rows + f * kMergeTile;
     bool more = first % (kRun * kGroup) != 0, last = first + count == terms;
     kernels_.expand[LE_FLOAT32][LE_FLOAT32](lines, count, coefficients + first, terms,
-                                            w.right.data(), kMergeTile, w.lines.data(), more);
-    if (last || (first + kGroup) % (kRun * kGroup) == 0)
-      for (int64_t i = 0; i < lines * kMergeTile; ++i) to[i] += double(w.part[i]);
+                                            w.right.data(), w.columns, w.lines.data(), more);
+    if (!last && (first + kGroup) % (kRun * kGroup) != 0) continue;
+    for (int64_t j = 0; j < lines; ++j)
+      for (int64_t i = j * kMergeTile; i < j * kMergeTile + w.columns; ++i)
+        to[i] += double(w.part[i]);
   }
 }
 
@@ -64,7 +67,7 @@ void MergeSweep::scatter(int64_t lines, Group &&group, const float *right, int64
     int64_t count = std::min(kGroup, lines - first);
     const float *rows = group(first, count);
     for (int64_t f = 0; f < count; ++f) w.right[f] = rows + f * kMergeTile;
-    kernels_.shrink[LE_FLOAT32](columns, w.left.data(), count, w.right.data(), kMergeTile, kGroup,
+    kernels_.shrink[LE_FLOAT32](columns, w.left.data(), count, w.right.data(), w.columns, kGroup,
                                 w.part.data(), kGroup);
     for (int64_t j = 0; j < columns; ++j)
       for (int64_t f = 0; f < count; ++f)
@@ -81,7 +84,7 @@ const float *MergeSweep::weighed(const MergeSide &side, int64_t tile, int64_t fi
     const float *d = fishers + terms_.owner[factor] * kMergeTile;
     const float *row = rows + factor * kMergeTile;
     float *to = &w.weighed[f * kMergeTile];
-    for (int64_t i = 0; i < kMergeTile; ++i) to[i] = d[i] * row[i];
+    for (int64_t i = 0; i < w.columns; ++i) to[i] = d[i] * row[i];
   }
   return w.weighed.data();
 }
@@ -92,7 +95,7 @@ void MergeSweep::add_inner(const MergeSide &side, int64_t tile, int64_t width, b
   for (int64_t s = 0; s < width; ++s) {
     for (int64_t t = s; t < width; ++t) {
       double sum = 0;
-      for (int64_t i = 0; i < kMergeTile; ++i)
+      for (int64_t i = 0; i < w.columns; ++i)
         sum += double(w.x[s * kMergeTile + i]) * double(w.x[t * kMergeTile + i]);
       w.sums.gram[s * width + t] += sum;
     }
@@ -103,7 +106,7 @@ void MergeSweep::add_inner(const MergeSide &side, int64_t tile, int64_t width, b
   if (!fisher) return scatter(terms_.factors, from(rows), w.x.data(), width, w, w.sums.own.data());
   float *product = w.products.data();
   auto multiply = [&](const float *p, const float *q) {
-    for (int64_t i = 0; i < kMergeTile; ++i) product[i] = p[i] * q[i];
+    for (int64_t i = 0; i < w.columns; ++i) product[i] = p[i] * q[i];
     product += kMergeTile;
   };
   for (int64_t s = 0; s < width; ++s)
@@ -123,7 +126,7 @@ void MergeSweep::solve_columns(const MergeSide &side, int64_t tile, int64_t widt
   int64_t triangle = width * (width + 1) / 2;
   Doubles &S = w.system;
   Doubles &x = w.x64, &change = w.change;
-  for (int64_t i = 0; i < side.width(tile); ++i) {
+  for (int64_t i = 0; i < w.columns; ++i) {
     double quadratic = 0, decrease = 0;
     auto fill = [&] {
       for (int64_t s = 0, q = 0; s < width; ++s)
@@ -163,8 +166,9 @@ Inner MergeSweep::run(const MergeSide &side, int64_t width, bool fisher, Floats 
                       Columns &&columns) {
   int64_t own = (terms_.factors - own_first(fisher)) * width;
   int64_t shared = fisher ? terms_.fishers * pairs(width) : 0;
+  int64_t tile = fisher ? 2 * pairs(width) * kMergeTile : 0;
   int64_t chunks =
-      std::clamp<int64_t>(kMost / (own + shared + 1), 1, std::min(kChunks, side.tiles()));
+      std::clamp<int64_t>(kMost / (own + shared + tile + 1), 1, std::min(kChunks, side.tiles()));
   std::vector<Work> works(static_cast<size_t>(chunks));
   for (Work &w : works) {
     w.sums.own.resize(static_cast<size_t>(own));
@@ -182,10 +186,10 @@ Inner MergeSweep::run(const MergeSide &side, int64_t width, bool fisher, Floats 
   context_.threads.run(chunks, threads_, [&](int64_t c) {
     Work &w = works[c];
     for (int64_t t = side.tiles() * c / chunks; t < side.tiles() * (c + 1) / chunks; ++t) {
-      std::fill(w.x.begin(), w.x.end(), 0.0f);
+      w.columns = side.width(t);
       columns(t, w);
       for (int64_t j = 0; j < width; ++j)
-        std::copy_n(&w.x[j * kMergeTile], side.width(t), &(*X)[j * side.n + t * kMergeTile]);
+        std::copy_n(&w.x[j * kMergeTile], w.columns, &(*X)[j * side.n + t * kMergeTile]);
       add_inner(side, t, width, fisher, w);
     }
   });
@@ -209,7 +213,7 @@ Inner MergeSweep::inner(const MergeSide &side, const Floats &X, int64_t width, b
   Floats copy = X;
   return run(side, width, fisher, &copy, [&](int64_t tile, Work &w) {
     for (int64_t j = 0; j < width; ++j)
-      std::copy_n(&X[j * side.n + tile * kMergeTile], side.width(tile), &w.x[j * kMergeTile]);
+      std::copy_n(&X[j * side.n + tile * kMergeTile], w.columns, &w.x[j * kMergeTile]);
   });
 }
 

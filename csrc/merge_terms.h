@@ -6,7 +6,7 @@
 
 namespace le {
 
-constexpr int64_t kMergeTile = 256;  // columns
+constexpr int64_t kMergeTile = 1024;  // columns
 
 // One side of every adapter, A [r, in] or the transpose of s B [r, out]. A tile of columns holds
 // first a row of Fisher factors an adapter (none without Fisher), then all factors' rows, one

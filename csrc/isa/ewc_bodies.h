@@ -142,6 +142,24 @@ void products(const Products &p) {
 
 // ---- solve: the columns of one factor -----------------------------------------------
 
+// columns(at, read, write) for every vector of columns.
+template <class T, class Columns>
+LE_INLINE void each_vector(const Solve &s, Columns &&columns) {
+  int64_t at = 0;
+  for (; at + W <= s.u.n; at += W)
+    columns(
+        at, [](const auto *p) { return load(p); },
+        [&](T *to, F v, uint32_t element) { store_stochastic(to, v, element, s.u); });
+  if (int64_t left = s.u.n - at)
+    columns(
+        at, [left](const auto *p) { return load_part(p, left); },
+        [&](T *to, F v, uint32_t element) {
+          T part[W];
+          store_stochastic(part, v, element, s.u);
+          copy_part(to, part, left);
+        });
+}
+
 // Of few ranks a column stays in registers.
 template <class T, int R, bool PULL>
 LE_INLINE void solve_registers(const Solve s) {  // by value: no store can alias it
@@ -160,7 +178,7 @@ LE_INLINE void solve_registers(const Solve s) {  // by value: no store can alias
       if (PULL) pull[k][j] = set1(s.into[k * 2 * R + R + j]);
     }
   }
-  auto columns = [&](int64_t at, auto &&read, auto &&write) {
+  each_vector<T>(s, [&](int64_t at, auto &&read, auto &&write) {
     F t = penalty * read(s.u.fisher + at), theta[R], z[R], over[R], next[R];
     for (int j = 0; j < R; ++j)
       theta[j] = fma(coef[j], read(vec[j] + at), decay * read(src + j * n + at));
@@ -193,20 +211,35 @@ LE_INLINE void solve_registers(const Solve s) {  // by value: no store can alias
     }
     for (int j = 0; j < R; ++j)
       write(dst + j * n + at, next[j], s.u.element + static_cast<uint32_t>(j * n + at));
-  };
-  int64_t at = 0;
-  for (; at + W <= n; at += W)
-    columns(
-        at, [](const auto *p) { return load(p); },
-        [&](T *to, F v, uint32_t element) { store_stochastic(to, v, element, s.u); });
-  if (int64_t left = n - at)
-    columns(
-        at, [left](const auto *p) { return load_part(p, left); },
-        [&](T *to, F v, uint32_t element) {
-          T part[W];
-          store_stochastic(part, v, element, s.u);
-          copy_part(to, part, left);
-        });
+  });
+}
+
+// Of two ranks: (I + f M)^-1 by its adjugate, a division a column.
+template <class T, bool PULL>
+LE_INLINE void solve_two(const Solve s) {
+  const T *src = static_cast<const T *>(s.u.src);
+  T *dst = static_cast<T *>(s.u.dst);
+  const float *vec[2] = {s.vec[0], s.vec[1]}, *m = s.matrix;
+  const int64_t n = s.u.n;
+  const F decay = set1(s.u.decay), coef[2] = {set1(-s.coef[0]), set1(-s.coef[1])};
+  const F m00 = set1(m[0]), m01 = set1(m[1]), m11 = set1(m[2]), one = set1(1.0f);
+  const F trace = set1(m[0] + m[2]), determinant = set1(m[3]);
+  const F pull[2][2] = {{set1(m[4]), set1(m[5])}, {set1(m[6]), set1(m[7])}};
+  each_vector<T>(s, [&](int64_t at, auto &&read, auto &&write) {
+    F f = read(s.u.fisher + at), theta[2], next[2];
+    for (int j = 0; j < 2; ++j)
+      theta[j] = fma(coef[j], read(vec[j] + at), decay * read(src + j * n + at));
+    if constexpr (PULL) {
+      F anchor[2] = {read(s.u.anchor + at), read(s.u.anchor + n + at)};
+      for (int j = 0; j < 2; ++j)
+        theta[j] = fma(f, fma(pull[j][1], anchor[1], pull[j][0] * anchor[0]), theta[j]);
+    }
+    F inverse = one / fma(f, fma(f, determinant, trace), one);
+    next[0] = fma(f, fma(m11, theta[0], -(m01 * theta[1])), theta[0]) * inverse;
+    next[1] = fma(f, fma(m00, theta[1], -(m01 * theta[0])), theta[1]) * inverse;
+    for (int j = 0; j < 2; ++j)
+      write(dst + j * n + at, next[j], s.u.element + static_cast<uint32_t>(j * n + at));
+  });
 }
 
 template <class T, int R>
@@ -263,6 +296,7 @@ void solve_strip(const Solve &s, int64_t first, int64_t count) {
 
 template <class T>
 void solve(const Solve &s) {
+  if (s.matrix) return s.u.anchor ? solve_two<T, true>(s) : solve_two<T, false>(s);
   if (s.rank == 1) return solve_few<T, 1>(s);
   if (s.rank == 2) return solve_few<T, 2>(s);
   if (s.rank == 3) return solve_few<T, 3>(s);

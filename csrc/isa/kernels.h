@@ -53,7 +53,8 @@ using ProductsFn = void (*)(const Products &);
 // An update of the `rank` rows at u.src, whose columns are tied: with t = u.penalty u.fisher[i],
 // Q diag(lambda) Q^T a symmetric matrix and theta a column after the step without a penalty,
 // Q z, z_k = (into_k [theta; t anchor]) / (1 + t lambda_k), t lambda_k at most 1e18; without
-// u.anchor it counts as zeros.
+// u.anchor it counts as zeros. With `matrix`, of rank 2, Q z is (I + f M)^-1 (theta + f P anchor),
+// f = u.fisher[i], and what describes it by Q is not read.
 struct Solve {
   Update u;  // of the first row, but for vec and coef; fisher [n] is of all rows
   int64_t rank;
@@ -62,6 +63,7 @@ struct Solve {
   const float *lambda;      // [rank]
   const float *into;        // [rank, 2 rank], Q^T in the first half of its columns
   const float *back;        // [rank, rank], Q
+  const float *matrix;      // M_00, M_01, M_11, its determinant, then P [2, 2]; or null
   float *const *rows;       // scratch: 3 rank rows of strip_columns(rank)
 };
 using SolveFn = void (*)(const Solve &);

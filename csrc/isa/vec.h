@@ -27,7 +27,7 @@ static_assert(alignof(FMem) == 4 && alignof(HMem) == 2, "loads and stores at any
 
 #define LE_INLINE inline __attribute__((always_inline))
 
-LE_INLINE F set1(float a) { return F{} + a; }
+LE_INLINE F set1(float a) { return a - F{}; }  // + would make 0 of -0, by one more addition
 LE_INLINE U set1u(uint32_t a) { return U{} + a; }
 LE_INLINE F fma(F a, F b, F c) { return LE_FMA(a, b, c); }
 LE_INLINE U select(S mask, U a, U b) {

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_engine import ops
 from lora_engine import reference_consolidation as low_rank
 from lora_engine.learning import consolidation
 from lora_engine.learning.sona_config import SonaConfig
@@ -16,6 +17,7 @@ from lora_engine.learning.sona_module import Array, Fast, Member, Module, Served
 
 log = logging.getLogger(__name__)
 
+THREADS = 2  # that a merge may use where one more is left to serving
 JOINED_RANKS = 4  # times the rank: that a session's adapter may grow to between two merges
 
 
@@ -141,6 +143,7 @@ def _merged(m: Module, config: SonaConfig, served: Served, fast: list[Fast]) -> 
         u=u,
         v=v,
         summed=True,
+        num_threads=max(1, min(THREADS, ops.get_num_threads() - 1)),
     )
     return Served(m.pool.add(done.A, done.B, done.scaling), {}, {}, served.members)
 

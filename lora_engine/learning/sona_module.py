@@ -88,9 +88,9 @@ class HeldOut:
         """x [n, in] and target [n, out], or one of each."""
         if x.ndim == 1:
             x, target = x[None], target[None]
-        for row, wanted in zip(x, target, strict=True):
+        for i in range(len(x)):
             at = self.count % len(self.x)
-            self.x[at], self.target[at] = row, wanted
+            self.x[at], self.target[at] = x[i], target[i]
             self.count += 1
 
     def samples(self) -> tuple[Array, Array]:
