@@ -80,6 +80,15 @@ def test_rows_of_a_batch_have_their_own_saved_modules(served):
                 torch.testing.assert_close(got[i], alone[name][i], rtol=1e-4, atol=1e-5)
 
 
+def test_in_one_graph(tmp_path):
+    model, _, _, _ = made("bert", ["classifier", "LayerNorm"], tmp_path)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for names in (["a", "__base__", "b"], ["b", "a", "a"]):
+        want = logits(model, tokens(), adapter_names=names)
+        assert torch.equal(logits(compiled, tokens(), adapter_names=names), want)
+    assert torch.equal(logits(compiled, tokens()), logits(model, tokens()))
+
+
 def test_merge_unmerge_and_save(served, tmp_path):
     model, handle, _, _ = served
     before = {key: value.clone() for key, value in model.state_dict().items()}
