@@ -83,10 +83,9 @@ def test_rows_of_a_batch_have_their_own_saved_modules(served):
 def test_in_one_graph(tmp_path):
     model, _, _, _ = made("bert", ["classifier", "LayerNorm"], tmp_path)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for names in (["a", "__base__", "b"], ["b", "a", "a"]):
-        want = logits(model, tokens(), adapter_names=names)
-        assert torch.equal(logits(compiled, tokens(), adapter_names=names), want)
-    assert torch.equal(logits(compiled, tokens()), logits(model, tokens()))
+    names = ["a", "__base__", "b"]
+    want = logits(model, tokens(), adapter_names=names)
+    assert torch.equal(logits(compiled, tokens(), adapter_names=names), want)
 
 
 def test_merge_unmerge_and_save(served, tmp_path):
