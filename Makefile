@@ -42,7 +42,7 @@ full: lint lanes
 
 # With clang and valgrind, or it says what it skips.
 fire: $(VENV)/.test
-	LORA_ENGINE_TEST_PROFILE=full $(BIN)/python -m pytest tests/test_fire.py -v
+	LORA_ENGINE_TEST_PROFILE=full $(BIN)/python -m pytest tests/test_fire.py -v -rP
 
 # The op tests on the avx512 kernels, their 16 lanes made of AVX2 instructions.
 LANES := $(CURDIR)/build/lanes

@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from bench import compare, formats, suite
+from bench import compare, environment, formats, suite
 from lora_engine import atomic
 
 OUT = Path("bench_report")
@@ -43,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
     out = Console(highlight=False)
     try:
         chosen = suite.select(args.op, args.shape)
-        old = compare.load(args.compare) if args.compare else None
-    except ValueError as error:
+        old = _comparable(args.compare, args.out) if args.compare else None
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:  # now, not after all is measured
         print(error, file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what there is is kept
@@ -52,10 +53,11 @@ def run(args: argparse.Namespace) -> int:
     report = _measure(chosen, effort)
     for file in write(report, args.out):
         out.print(f"written: {file}", soft_wrap=True)
-    wrong = [r for r in report["rows"] + report["growth"] if "wrong" in r]
+    measured = report["rows"] + report["growth"] + report["variants"]
+    wrong = [r for r in measured if "wrong" in r]
     for row in wrong:
         out.print(f"FAILED: {row['wrong']}", soft_wrap=True)
-    status = _compared(old, report, out) if old is not None else 0
+    status = _compared(old, report, chosen.whole, out) if old is not None else 0
     if report["stopped"]:
         print("stopped: the report holds what was measured", file=sys.stderr)
         return 130
@@ -103,13 +105,18 @@ def _replace(file: Path, text: str) -> None:
     atomic.replace_file(file, write_text)
 
 
-def _compared(old: dict[str, Any], report: dict[str, Any], out: Console) -> int:
-    try:
-        compare.check_machine(old, report)
-    except compare.Unusable as why:
-        out.print(f"not compared: {why}", soft_wrap=True)
-        return 2
-    found, left = compare.changes(old, report)
+def _comparable(file: Path, out: Path) -> dict[str, Any]:
+    """The report to compare with; raises ValueError where that cannot be, before it is tried."""
+    if file.resolve() == (out / "report.json").resolve():
+        raise ValueError(f"--compare: expected another file than --out writes, got {file}")
+    old = compare.load(file)
+    environment.one_thread_count()
+    compare.check_machine(old, environment.describe() | {"peers": suite.peers()})
+    return old
+
+
+def _compared(old: dict[str, Any], report: dict[str, Any], whole: bool, out: Console) -> int:
+    found, left = compare.changes(old, report, whole)
     for line in compare.lines(found, left):
         out.print(line, soft_wrap=True)
     return 1 if any(change.lost for change in found) else 0

@@ -53,11 +53,28 @@ def load(path: Path) -> dict[str, Any]:
         raise Unusable(f"{path}: expected version {SCHEMA_VERSION} of the schema, got {version!r}")
     if not isinstance(found.get("rows"), list) or not isinstance(found.get("machine"), dict):
         raise Unusable(f"{path}: expected rows and a machine, got neither or one")
+    for row in found["rows"]:
+        if not isinstance(row, dict) or not _readable(row):
+            raise Unusable(f"{path}: rows: expected those of a report, got {str(row)[:80]!r}")
     return found
 
 
+def _readable(row: dict[str, Any]) -> bool:
+    """Whether a row has what is compared."""
+    if not isinstance(row.get("op"), str) or not isinstance(row.get("shape"), str):
+        return False
+    if "ours" not in row:
+        return True
+    try:
+        clocks = [*_ratios(row).values()]
+    except (KeyError, TypeError, ZeroDivisionError):
+        return False
+    numbers = [clock.get(key) for clock in clocks for key in ("median", "p10", "p90")]
+    return all(isinstance(n, (int, float)) and n > 0 for n in numbers) and "noisy" in row
+
+
 def check_machine(old: dict[str, Any], now: dict[str, Any]) -> None:
-    """Unusable where the two were measured on other machines."""
+    """Unusable where the two were measured on other machines, or against other peers."""
     for key in _MACHINE:
         was, is_now = old["machine"].get(key), now["machine"].get(key)
         if was != is_now:
@@ -65,11 +82,24 @@ def check_machine(old: dict[str, Any], now: dict[str, Any]) -> None:
     for key in ("isa", "threads"):
         if old.get(key) != now.get(key):
             raise Unusable(f"{key}: expected {now.get(key)!r}, as now, got {old.get(key)!r}")
+    for name, version in now["peers"].items():  # they are the clocks
+        was = old.get("peers", {}).get(name, version)
+        if was != version and not any(v.startswith("absent") for v in (was, version)):
+            raise Unusable(f"{name}: expected {version}, as now, got {was}")
 
 
 def _ratios(row: dict[str, Any]) -> dict[str, Any]:
     """What each clock says of a row: how many times our time it takes."""
     found = {p["name"]: p["ratio"] for p in row["peers"] if "ratio" in p}
+    if not found:  # where the aim is milliseconds more than a peer
+        found = {
+            p["name"]: {
+                "median": p["median_us"] / row["ours"]["median_us"],
+                "p10": p["p10_us"] / row["ours"]["p90_us"],
+                "p90": p["p90_us"] / row["ours"]["p10_us"],
+            }
+            for p in row["peers"] if "extra_ms" in p
+        }  # fmt: skip
     if not found and row["floor"]:
         a = row["floor"]["achieved_over_floor"]
         found["bytes over bandwidth"] = {
@@ -78,14 +108,22 @@ def _ratios(row: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def changes(old: dict[str, Any], now: dict[str, Any]) -> tuple[list[Change], list[str]]:
-    """(one change a case, by the clock with the least noise; what could not be compared)."""
+def changes(
+    old: dict[str, Any], now: dict[str, Any], whole: bool = True
+) -> tuple[list[Change], list[str]]:
+    """(one change a case, by the clock with the least noise; what could not be compared).
+
+    whole: nothing was left out now, so that a case of the file that is not there is missing."""
     before = {(row["op"], row["shape"]): row for row in old["rows"]}
     found, left = [], []
     for row in now["rows"]:
-        case, was = f"{row['op']}, {row['shape']}", before.get((row["op"], row["shape"]))
+        case, was = f"{row['op']}, {row['shape']}", before.pop((row["op"], row["shape"]), None)
         if "ours" not in row or was is None or "ours" not in was:
             left.append(f"{case}: {'not measured now' if 'ours' not in row else 'not in the file'}")
+            continue
+        if row["noisy"] or was["noisy"]:
+            when = "now" if row["noisy"] else "in the file"
+            left.append(f"{case}: noisy {when}")
             continue
         clocks = []
         then = _ratios(was)
@@ -98,6 +136,7 @@ def changes(old: dict[str, Any], now: dict[str, Any]) -> tuple[list[Change], lis
             found.append(min(clocks, key=lambda change: change.noise))
         else:
             left.append(f"{case}: no peer was measured both times")
+    left += [f"{op}, {shape}: not measured now" for op, shape in before if whole]
     return found, left
 
 

@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 CALLS = (2, 6)  # their difference is of calls in steady state
 GAIN, LOSS = 0.99, 1.01
-VALGRIND_KNOWS = ("generic", "avx2")  # no AVX-512
+VALGRIND_KNOWS = ("generic", "avx2", "neon")  # no AVX-512
 
 
 class Missing(RuntimeError):

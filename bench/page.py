@@ -54,7 +54,8 @@ def render(report: dict[str, Any]) -> str:
     return environment.get_template("page.html").render(
         r=_lenient(report),
         plots=_plots(report),
-        failed=sum("wrong" in row for row in report["rows"] + report["growth"]),
+        failed=sum("wrong" in r for r in report["rows"] + report["growth"] + report["variants"]),
+        uncounted=sorted({r["op"] for r in report["rows"] if "ours" in r and not r["flops"]}),
         missed=sum(map(_missed, report["rows"])),
         base=", ".join(f"{name} {value}" for name, value in base.items()),
     )
@@ -69,4 +70,6 @@ def _lenient(report: dict[str, Any]) -> dict[str, Any]:
         return empty | row | {"peers": peers}
 
     points = [{"wrong": "", **point} for point in report["growth"]]
-    return report | {"rows": [with_keys(row) for row in report["rows"]], "growth": points}
+    kept = [{"wrong": "", "absent": "", **variant} for variant in report["variants"]]
+    rows = [with_keys(row) for row in report["rows"]]
+    return report | {"rows": rows, "growth": points, "variants": kept}

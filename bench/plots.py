@@ -134,20 +134,25 @@ def histogram(row: dict[str, Any]) -> str:
 
 
 def growth(rows: Sequence[dict[str, Any]], axis: str) -> str:
-    """Time over one of the sizes, with the byte floor."""
+    """Time of each op over one of the sizes, with its byte floor."""
     points = [r for r in rows if r["axis"] == axis and "median_us" in r]
-    if len(points) < 2:
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for point in points:
+        curves.setdefault(point["op"], []).append(point)
+    curves = {op: curve for op, curve in curves.items() if len(curve) > 1}
+    if not curves:
         return ""
-    x = [p["value"] for p in points]
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        low, high = [p["p10_us"] for p in points], [p["p90_us"] for p in points]
-        axes.fill_between(x, low, high, color=BLUE, alpha=0.25, label="p10 to p90")
-        axes.plot(x, [p["median_us"] for p in points], "o-", color=BLUE, label="lora_engine")
-        floors = [p["floor_us"] for p in points]
-        axes.plot(x, floors, "s--", color=ORANGE, label="bytes over bandwidth", ms=4)
-        _size_axis(axes, x, axis)
+        for (op, curve), color, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
+            x = [p["value"] for p in curve]
+            low, high = [p["p10_us"] for p in curve], [p["p90_us"] for p in curve]
+            axes.fill_between(x, low, high, color=color, alpha=0.25)
+            axes.plot(x, [p["median_us"] for p in curve], f"{marker}-", color=color, label=op)
+            axes.plot(x, [p["floor_us"] for p in curve], f"{marker}:", color=color, ms=3)
+        axes.plot([], [], ":", color=GREY, label="bytes over bandwidth")
+        _size_axis(axes, sorted({p["value"] for p in points}), axis)
         axes.set(yscale="log", ylabel="us a call")
         _log(axes.yaxis)
         axes.legend(fontsize=8)

@@ -36,6 +36,8 @@ def _against(row: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     noisy, floor = row["noisy"], row["floor"]
     for peer in row["peers"]:
         if "absent" in peer:
+            if peer.get("wanted"):
+                yield peer["name"], "absent", _aim(f"{peer['wanted']:.2g}x", None, True)
             continue
         if peer.get("wanted"):
             r = peer["ratio"]
@@ -44,7 +46,8 @@ def _against(row: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         if "extra_ms" in peer:
             e = peer["extra_ms"]
             aim = _aim(f"{peer['wanted_extra_ms']:g} ms", peer["met"], noisy)
-            yield f"`import {peer['name']}`", f"{e['median']:.0f} ms more", aim
+            peer_name = peer["name"] if " " in peer["name"] else f"`import {peer['name']}`"
+            yield peer_name, f"{e['median']:.0f} ms more", aim
     if floor and floor["within"]:
         a = floor["achieved_over_floor"]
         text = f"takes {a['median']:.1f}x the floor [{a['p10']:.1f}-{a['p90']:.1f}]"
@@ -58,9 +61,11 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in results["rows"]:
-        if "ours" not in row:
-            continue
         head = f"`{row['op']}`, {row['shape']}"
+        if "ours" not in row:
+            why = "wrong" if "wrong" in row else "absent"
+            lines.append(f"| {head} | {why} |  |  |  |")
+            continue
         time = _us(row["ours"]["median_us"])
         for against, ratio, aim in _against(row):
             lines.append(f"| {head} | {time} | {against} | {ratio} | {aim} |")

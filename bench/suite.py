@@ -65,12 +65,17 @@ def select(ops: Sequence[str], shapes: Sequence[str], cases: Iterable[Case] = CA
     return Selection(chosen, not ops and not shapes)
 
 
+def peers() -> dict[str, str]:
+    """Who we are compared with: versions, or why one is absent."""
+    return {name: environment.version(name) for name in PEERS}
+
+
 def steps(chosen: Selection, effort: Effort) -> int:
     """How many times ``measure`` calls ``step``."""
     extra = 0
     if chosen.whole:
         points = list(growth.points(effort.quick, environment.one_thread_count()))
-        extra = len(points) + len(list(variants.variants()))
+        extra = len(points) + len(variants.VARIANTS)
     return 1 + len(chosen.cases) + extra
 
 
@@ -79,9 +84,31 @@ def _row(case: Case, machine: Machine, threads: int, effort: Effort) -> dict[str
     row: dict[str, Any] = {"op": case.op, "shape": case.shape, "flops": case.flops, "peers": []}
     try:
         row |= table.measure(case, machine, threads, effort.rounds, effort.budget, effort.seconds)
-    except AssertionError as wrong:
-        row["wrong"] = str(wrong)
+    except Exception as error:
+        row["wrong"] = _why(error)
     return row
+
+
+def _point(place: growth.Place, machine: Machine, effort: Effort) -> dict[str, Any]:
+    point = {"op": place.op, "axis": place.axis, "value": place.value, **place.point._asdict()}
+    try:
+        return point | growth.measure(place, machine, max(effort.rounds // 3, 5))
+    except Exception as error:
+        return point | {"wrong": _why(error)}
+
+
+def _variant(variant: variants.Variant, effort: Effort) -> dict[str, Any]:
+    try:
+        return variants.measure(variant, max(effort.rounds // 3, 5))
+    except ModuleNotFoundError as missing:
+        return {"variant": variant.name, "absent": str(missing)}
+    except Exception as error:
+        return {"variant": variant.name, "wrong": _why(error)}
+
+
+def _why(error: Exception) -> str:
+    """An output that was wrong in words; whatever else went wrong by its kind too."""
+    return str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
 
 
 def measure(chosen: Selection, effort: Effort, step: Step) -> dict[str, Any]:
@@ -89,7 +116,7 @@ def measure(chosen: Selection, effort: Effort, step: Step) -> dict[str, Any]:
     threads = environment.one_thread_count()
     result = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "effort": effort.name}
     result |= environment.describe()
-    result["peers"] = {name: environment.version(name) for name in PEERS}
+    result["peers"] = peers()
     result |= {"rows": [], "growth": [], "variants": [], "stopped": False}
     machine = Machine()
     try:
@@ -100,13 +127,12 @@ def measure(chosen: Selection, effort: Effort, step: Step) -> dict[str, Any]:
             result["rows"].append(_row(case, machine, threads, effort))
             step(case.name)
         if chosen.whole:
-            for axis, value, point in growth.points(effort.quick, threads):
-                rounds = max(effort.rounds // 3, 5)
-                result["growth"].append(growth.measure(axis, value, point, machine, rounds))
-                step(f"growth with {axis}: {value}")
-            for build in variants.variants():
-                result["variants"].append(variants.measure(build, max(effort.rounds // 3, 5)))
-                step(f"memory: {result['variants'][-1]['variant']}")
+            for place in growth.points(effort.quick, threads):
+                result["growth"].append(_point(place, machine, effort))
+                step(f"{place.op}: growth with {place.axis}: {place.value}")
+            for variant in variants.VARIANTS:
+                result["variants"].append(_variant(variant, effort))
+                step(f"memory: {variant.name}")
     except KeyboardInterrupt:
         result["stopped"] = True
     result.setdefault("flop_rates", [])

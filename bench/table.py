@@ -72,7 +72,8 @@ def _floor(
 def _peer(case: Case, contender: Contender, times: Times) -> dict[str, Any]:
     name = contender.name
     if contender.absent:
-        return {"name": name, "absent": contender.absent}
+        wanted = case.faster.get(name)
+        return {"name": name, "absent": contender.absent, "wanted": wanted}
     result = {"name": name, "spelling": contender.spelling, **_times(times, name)}
     if name in case.extra_ms:
         extra = spread(1e3 * (times[OURS] - times[name]))

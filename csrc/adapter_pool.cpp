@@ -173,11 +173,8 @@ void AdapterPool::check_adapter(const char *op, const le_array *A, const le_arra
     if (!present(&A[s])) continue;
     any = true;
     a->back() = float_matrix(op, "A", &A[s], -1, in_, "[r, in]");
-    int64_t r = a->back().n;
-    if (r > max_rank_)
-      fail(LE_ERROR_VALUE, "%s: A: expected a rank of at most %d, got %lld", op, max_rank_,
-           static_cast<long long>(r));
-    b->back() = float_matrix(op, "B", &B[s], slice_out(s), r, "[out, r]");
+    check_rank(op, a->back().n, max_rank_);
+    b->back() = float_matrix(op, "B", &B[s], slice_out(s), a->back().n, "[out, r]");
   }
   if (!any) fail(LE_ERROR_VALUE, "%s: A, B: expected at least one slice, got none", op);
 }
@@ -196,9 +193,7 @@ Block *AdapterPool::make_block(const std::vector<Rows> &a, const std::vector<Row
     SliceView view = slice(*block, s);
     Rows to_a{view.a, view.rank, in_, in_, 1, dtype_};
     Rows to_bt{view.bt, view.rank, slice_out(s), slice_out(s), 1, dtype_};
-    Rows from_bt = b[static_cast<size_t>(s)];
-    std::swap(from_bt.n, from_bt.width);
-    std::swap(from_bt.row_stride, from_bt.col_stride);
+    Rows from_bt = transposed(b[static_cast<size_t>(s)]);
     for (int32_t j = 0; j < view.rank; ++j) {
       load_row(k, a[static_cast<size_t>(s)], j, 0, in_, row.data());
       store_row(k, to_a, j, 0, in_, row.data(), false);
@@ -279,27 +274,38 @@ void AdapterPool::get(int32_t id, const le_array *A, const le_array *B, float *s
   SharedSlots held(op, *this, &id, 1);
   const Block &block = *slot(id).current;
   const Kernels &k = kernels();
-  for (int pass = 0; pass < 2; ++pass) {  // check all, then write
-    for (int s = 0; s < num_slices(); ++s) {
-      SliceView view = slice(block, s);
-      if (!present(&A[s]) || !present(&B[s])) continue;
-      Rows a = float_matrix(op, "A", &A[s], view.rank, in_, "[r, in]");
-      Rows b = float_matrix(op, "B", &B[s], slice_out(s), view.rank, "[out, r]");
-      if (pass == 0) {
-        check_output(op, "A", &A[s], a);
-        check_output(op, "B", &B[s], b);
-        continue;
-      }
-      std::swap(b.n, b.width);
-      std::swap(b.row_stride, b.col_stride);
-      std::vector<float> row(static_cast<size_t>(std::max(in_, slice_out(s))));
-      Rows from_a{view.a, view.rank, in_, in_, 1, dtype_};
-      Rows from_bt{view.bt, view.rank, slice_out(s), slice_out(s), 1, dtype_};
-      for (int32_t j = 0; j < view.rank; ++j) {
-        store_row(k, a, j, 0, in_, float_row(k, from_a, j, row.data()), false);
-        store_row(k, b, j, 0, slice_out(s), float_row(k, from_bt, j, row.data()), false);
-      }
-    }
+  struct Copy {
+    const char *name;
+    Rows from, to;
+    bool across;  // from lies transposed
+  };
+  std::vector<Copy> copies;  // all checked before any is made
+  int64_t longest = 0;
+  auto note = [&](const le_array &array, const Copy &copy) {
+    check_output(op, copy.name, &array, copy.to);
+    for (const Copy &other : copies) check_overlap(op, copy.name, copy.to, other.name, other.to);
+    copies.push_back(copy);
+    longest = std::max(longest, copy.from.width);
+  };
+  for (int s = 0; s < num_slices(); ++s) {
+    SliceView view = slice(block, s);
+    int64_t out = slice_out(s);
+    if (present(&A[s]))
+      note(A[s], {"A",
+                  {view.a, view.rank, in_, in_, 1, dtype_},
+                  float_matrix(op, "A", &A[s], view.rank, in_, "[r, in]"),
+                  false});
+    if (present(&B[s]))
+      note(B[s], {"B",
+                  {view.bt, view.rank, out, out, 1, dtype_},
+                  float_matrix(op, "B", &B[s], out, view.rank, "[out, r]"),
+                  true});
+  }
+  std::vector<float> row(static_cast<size_t>(longest));
+  for (const Copy &copy : copies) {
+    Rows to = copy.across ? transposed(copy.to) : copy.to;
+    for (int64_t j = 0; j < to.n; ++j)
+      store_row(k, to, j, 0, to.width, float_row(k, copy.from, j, row.data()), false);
   }
   *scaling = block.scaling;
 }
@@ -420,18 +426,18 @@ ExclusiveSlot::ExclusiveSlot(const char *op, AdapterPool &pool, int32_t id)
 
 void AdapterPool::hold_all() {
   mutex_.lock();
-  views_mutex_.lock();
   for (int32_t id = 0; id < issued(); ++id) slot(id).lock.lock();
+  views_mutex_.lock();  // last: a block is released while its slot is held
 }
 
 void AdapterPool::release_all(bool in_child) {
+  views_mutex_.unlock();
   for (int32_t id = 0; id < issued(); ++id) {
     if (in_child)
       slot(id).lock.reset();
     else
       slot(id).lock.unlock();
   }
-  views_mutex_.unlock();
   mutex_.unlock();
 }
 

@@ -84,6 +84,9 @@ class AdapterPool {
   Block *clone_shape(const Block &like);
   void release(Block *block);  // zeroes and frees
 
+  // Of tables with an entry a slot: taken before any slot's lock, and held around a fork.
+  std::mutex &growing() { return mutex_; }
+
   // Around a fork: every slot's lock, ascending.
   void hold_all();
   void release_all(bool in_child);

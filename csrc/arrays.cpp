@@ -15,13 +15,40 @@ std::string shape_text(const le_array *a) {
   return text + "]";
 }
 
+// Whether that many elements, that far apart, can lie in memory: sums of these fit int64.
+bool in_memory(const Rows &r) {
+  constexpr int64_t kMost = int64_t(1) << 48;
+  int64_t count, row, col;
+  if (__builtin_mul_overflow(r.n, r.width, &count) || count > kMost) return false;
+  if (count == 0) return true;
+  if (__builtin_mul_overflow(r.n - 1, r.row_stride, &row)) return false;
+  if (__builtin_mul_overflow(r.width - 1, r.col_stride, &col)) return false;
+  return row <= kMost && row >= -kMost && col <= kMost && col >= -kMost;
+}
+
+void check_memory(const char *op, const char *arg, const le_array *a, const Rows &r) {
+  if (!in_memory(r))
+    fail(LE_ERROR_VALUE,
+         "%s: %s: expected a shape and strides that fit in memory, got %s of strides %lld, %lld",
+         op, arg, shape_text(a).c_str(), static_cast<long long>(r.row_stride),
+         static_cast<long long>(r.col_stride));
+  if (!r.n || !r.width) return;
+  if (!r.data)
+    fail(LE_ERROR_VALUE, "%s: %s: expected memory behind shape %s, got NULL", op, arg,
+         shape_text(a).c_str());
+  if (reinterpret_cast<uintptr_t>(r.data) & static_cast<uintptr_t>(dtype_size(r.dtype) - 1))
+    fail(LE_ERROR_VALUE, "%s: %s: expected %s at an address that %lld divides, got %p", op, arg,
+         dtype_name(r.dtype), static_cast<long long>(dtype_size(r.dtype)),
+         static_cast<const void *>(r.data));
+}
+
 // Bytes [low, high) that an array may touch.
-void extent(const Rows &r, const char **low, const char **high) {
+void extent(const Rows &r, int64_t *low, int64_t *high) {
   int64_t row = (r.n - 1) * r.row_stride, col = (r.width - 1) * r.col_stride;
   int64_t first = std::min<int64_t>(row, 0) + std::min<int64_t>(col, 0);
   int64_t last = std::max<int64_t>(row, 0) + std::max<int64_t>(col, 0);
-  *low = r.data + first * dtype_size(r.dtype);
-  *high = r.data + (last + 1) * dtype_size(r.dtype);
+  *low = reinterpret_cast<intptr_t>(r.data) + first * dtype_size(r.dtype);
+  *high = reinterpret_cast<intptr_t>(r.data) + (last + 1) * dtype_size(r.dtype);
 }
 
 // Two column ranges of one wider matrix interleave in memory and share none of it.
@@ -37,7 +64,7 @@ bool columns_of_one_matrix(const Rows &a, const Rows &b) {
 
 bool share_memory(const Rows &a, const Rows &b) {
   if (!a.n || !a.width || !b.n || !b.width) return false;
-  const char *a_low, *a_high, *b_low, *b_high;
+  int64_t a_low, a_high, b_low, b_high;
   extent(a, &a_low, &a_high);
   extent(b, &b_low, &b_high);
   if (a_high <= b_low || b_high <= a_low) return false;
@@ -59,8 +86,9 @@ Rows matrix(const char *op, const char *arg, const le_array *a, int64_t rows, in
     r.data = static_cast<char *>(a->data);
     r.n = vector ? 1 : a->shape[0];
     r.width = vector ? a->shape[0] : a->shape[1];
-    r.row_stride = vector ? r.width : a->strides[0];
-    r.col_stride = vector ? a->strides[0] : a->strides[1];
+    // The stride of a single one may be anything.
+    r.row_stride = r.n == 1 ? r.width : a->strides[0];
+    r.col_stride = r.width == 1 ? 1 : vector ? a->strides[0] : a->strides[1];
     r.dtype = a->dtype;
     fits = (rows < 0 || r.n == rows) && (width < 0 || r.width == width) && r.n >= 0 && r.width >= 0;
   }
@@ -74,9 +102,7 @@ Rows matrix(const char *op, const char *arg, const le_array *a, int64_t rows, in
     fail(LE_ERROR_VALUE, "%s: %s: expected shape %s, got %s", op, arg, expected.c_str(),
          shape_text(a).c_str());
   }
-  if (!r.data && r.n && r.width)
-    fail(LE_ERROR_VALUE, "%s: %s: expected memory behind shape %s, got NULL", op, arg,
-         shape_text(a).c_str());
+  check_memory(op, arg, a, r);
   return r;
 }
 
@@ -122,6 +148,12 @@ void check_overlap(const char *op, const char *out_arg, const Rows &out, const c
 void check_finite(const char *op, const char *arg, double value) {
   if (!std::isfinite(value))
     fail(LE_ERROR_VALUE, "%s: %s: expected a finite number, got %g", op, arg, value);
+}
+
+void check_rank(const char *op, int64_t rank, int64_t most) {
+  if (rank > most)
+    fail(LE_ERROR_VALUE, "%s: A: expected a rank of at most %lld, got %lld", op,
+         static_cast<long long>(most), static_cast<long long>(rank));
 }
 
 void load_row(const Kernels &k, const Rows &rows, int64_t i, int64_t first, int64_t n, float *dst) {

@@ -1,6 +1,8 @@
 // Borrowed arrays, checked: what the ops compute on.
 #pragma once
 
+#include <utility>
+
 #include "common.h"
 #include "isa/kernels.h"
 #include "per_thread.h"
@@ -21,6 +23,12 @@ struct Rows {
   bool contiguous_rows() const { return col_stride == 1 || width <= 1; }
 };
 
+inline Rows transposed(Rows m) {
+  std::swap(m.n, m.width);
+  std::swap(m.row_stride, m.col_stride);
+  return m;
+}
+
 // No data and no dimensions mean "none".
 inline bool present(const le_array *a) { return a && (a->data || a->ndim != 0); }
 
@@ -39,6 +47,7 @@ void check_output(const char *op, const char *arg, const le_array *out, const Ro
 void check_overlap(const char *op, const char *out_arg, const Rows &out, const char *in_arg,
                    const Rows &in);
 void check_finite(const char *op, const char *arg, double value);
+void check_rank(const char *op, int64_t rank, int64_t most = LE_MAX_RANK);
 
 // dst[0..n) as float32 from one row of `rows`, columns [first, first + n).
 void load_row(const Kernels &k, const Rows &rows, int64_t i, int64_t first, int64_t n, float *dst);

@@ -27,10 +27,27 @@ struct le_ewc {
 };
 
 namespace le {
+// The weights of a slot that a caller looks into; keeps the pool.
+struct View {
+  std::shared_ptr<AdapterPool> pool;
+  Block *block = nullptr;
+  ~View() {
+    if (block) pool->unview(block);
+  }
+};
+}  // namespace le
+struct le_view {
+  uint32_t tag;
+  std::shared_ptr<le::View> core;
+  le_view *next;
+};
+
+namespace le {
 
 constexpr uint32_t tag_of(const le_context *) { return 0x7865746e; }
 constexpr uint32_t tag_of(const le_pool *) { return 0x6c6f6f70; }
 constexpr uint32_t tag_of(const le_ewc *) { return 0x6e637765; }
+constexpr uint32_t tag_of(const le_view *) { return 0x77656976; }
 
 inline const Context *context_of(const Context &context) { return &context; }
 inline const Context *context_of(const AdapterPool &pool) { return &pool.context(); }
@@ -40,10 +57,12 @@ inline const Context *context_of(const Ewc &ewc) { return &ewc.pool().context();
 le_context *issue(std::shared_ptr<Context> core);
 le_pool *issue(std::shared_ptr<AdapterPool> core);
 le_ewc *issue(std::shared_ptr<Ewc> core);
+le_view *issue(std::shared_ptr<View> core);
 // Nothing for a handle that is not in use.
 void retire(le_context *handle) noexcept;
 void retire(le_pool *handle) noexcept;
 void retire(le_ewc *handle) noexcept;
+void retire(le_view *handle) noexcept;
 
 // Keeps the words for le_last_error and gives them to the context's log.
 le_status report(const Context *context, le_status status, const char *text) noexcept;

@@ -5,34 +5,20 @@
 
 #include "c_call.h"
 #include "dispatch.h"
+#include "dlpack.h"
 #include "safetensors.h"
 
 namespace le {
 namespace {
 
-// DLTensor of dlpack.h, whose layout is fixed.
-struct DLTensor {
-  void *data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape;
-  int64_t *strides;  // in elements; NULL: compact, the last dimension runs fastest
-  uint64_t byte_offset;
-};
-static_assert(sizeof(void *) != 8 || sizeof(DLTensor) == 48, "as in dlpack.h");
-constexpr int32_t kCpu = 1, kCudaHost = 3, kRocmHost = 11;  // kDLCPU, kDLCUDAHost, kDLROCMHost
-constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4;
-
 int32_t dtype_of(const char *op, const DLTensor &t) {
   if (t.lanes == 1) {
-    if (t.code == kFloat && t.bits == 32) return LE_FLOAT32;
-    if (t.code == kFloat && t.bits == 16) return LE_FLOAT16;
-    if (t.code == kFloat && t.bits == 64) return LE_FLOAT64;
-    if (t.code == kBfloat && t.bits == 16) return LE_BFLOAT16;
-    if (t.code == kInt && t.bits == 32) return LE_INT32;
-    if (t.code == kUInt && t.bits == 8) return LE_UINT8;
+    if (t.code == kDLFloat && t.bits == 32) return LE_FLOAT32;
+    if (t.code == kDLFloat && t.bits == 16) return LE_FLOAT16;
+    if (t.code == kDLFloat && t.bits == 64) return LE_FLOAT64;
+    if (t.code == kDLBfloat && t.bits == 16) return LE_BFLOAT16;
+    if (t.code == kDLInt && t.bits == 32) return LE_INT32;
+    if (t.code == kDLUInt && t.bits == 8) return LE_UINT8;
   }
   fail(LE_ERROR_TYPE,
        "%s: dltensor: expected a dtype of le_dtype, got code %d of %d bits, %d lanes", op, t.code,
@@ -40,7 +26,7 @@ int32_t dtype_of(const char *op, const DLTensor &t) {
 }
 
 void from_dltensor(const char *op, const DLTensor &t, le_array *out) {
-  if (t.device_type != kCpu && t.device_type != kCudaHost && t.device_type != kRocmHost)
+  if (t.device_type != kDLCpu && t.device_type != kDLCudaHost && t.device_type != kDLRocmHost)
     fail(LE_ERROR_UNSUPPORTED, "%s: dltensor: expected memory of the CPU, got device type %d", op,
          t.device_type);
   if (t.ndim < 0 || t.ndim > LE_MAX_DIMS || (t.ndim && !t.shape))

@@ -1,4 +1,6 @@
 // Handles and last errors.
+#include <pthread.h>
+
 #include <cstdio>
 #include <mutex>
 
@@ -23,8 +25,25 @@ Retired<Handle> &retired() {
   return *r;
 }
 
+template <class Each>
+void each_retired(Each &&each) {
+  each(retired<le_context>().mutex);
+  each(retired<le_pool>().mutex);
+  each(retired<le_ewc>().mutex);
+  each(retired<le_view>().mutex);
+}
+// A child may go on issuing handles.
+void hold_over_forks() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    auto release = [] { each_retired([](std::mutex &m) { m.unlock(); }); };
+    pthread_atfork([] { each_retired([](std::mutex &m) { m.lock(); }); }, release, release);
+  });
+}
+
 template <class Handle, class Core>
 Handle *issue_handle(std::shared_ptr<Core> core) {
+  hold_over_forks();
   Retired<Handle> &from = retired<Handle>();
   std::lock_guard<std::mutex> guard(from.mutex);
   Handle *handle;
@@ -69,9 +88,11 @@ le_context *issue(std::shared_ptr<Context> core) {
 }
 le_pool *issue(std::shared_ptr<AdapterPool> core) { return issue_handle<le_pool>(std::move(core)); }
 le_ewc *issue(std::shared_ptr<Ewc> core) { return issue_handle<le_ewc>(std::move(core)); }
+le_view *issue(std::shared_ptr<View> core) { return issue_handle<le_view>(std::move(core)); }
 void retire(le_context *handle) noexcept { retire_handle(handle); }
 void retire(le_pool *handle) noexcept { retire_handle(handle); }
 void retire(le_ewc *handle) noexcept { retire_handle(handle); }
+void retire(le_view *handle) noexcept { retire_handle(handle); }
 
 le_status report(const Context *context, le_status status, const char *text) noexcept {
   uint64_t id = context ? context->id() : 0;

@@ -31,7 +31,7 @@ inline int64_t dtype_size(int32_t dtype) {
 }
 const char *dtype_name(int32_t dtype);
 
-// Thrown inside the core only; c_api.cpp turns it into a status.
+// Thrown inside the core only; c_call.h turns it into a status.
 struct Error {
   le_status status;
   char text[512];

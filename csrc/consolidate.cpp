@@ -245,8 +245,7 @@ void consolidate(AdapterPool &pool, int32_t base, const le_merge &merge, const l
   check_output(kOp, "A", A, a);
   check_output(kOp, "B", B, bt);
   check_overlap(kOp, "A", a, "B", bt);
-  std::swap(bt.n, bt.width);
-  std::swap(bt.row_stride, bt.col_stride);
+  bt = transposed(bt);
 
   MergeTerms terms = read_terms(pool, base, merge);
   bool fisher = terms.fishers > 0;

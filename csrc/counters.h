@@ -25,7 +25,15 @@ inline void add_up(le_counters *) {}
 struct OpCounters {
   std::atomic<uint64_t> calls{0}, timed{0}, nanoseconds{0};
   std::atomic<uint64_t> buckets[LE_DURATION_BUCKETS + 1] = {};
+  // Of this thread alone: calls until the next that is timed, and what draws them (Knuth's MMIX).
+  uint32_t until = 0;
+  uint64_t state = 1;
 
+  // 0 to 30 more, LE_TIMED_EVERY - 1 on average: a fixed step would time one call of a pattern.
+  void draw() {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    until = static_cast<uint32_t>(state >> 33) % (2 * LE_TIMED_EVERY - 1);
+  }
   void end(int64_t ns);  // of a call that was timed
 };
 
@@ -40,16 +48,21 @@ inline void bump(std::atomic<uint64_t> &n, uint64_t by = 1) {
   n.store(n.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
 }
 
-// A call, while it lasts. One in LE_TIMED_EVERY is timed: reading the clock twice would be some
-// 3 % of the shortest ones.
+// A call, while it lasts. One in LE_TIMED_EVERY is timed, at random: reading the clock twice would
+// be some 3 % of the shortest ones.
 class Call {
   using Clock = std::chrono::steady_clock;
 
  public:
   explicit Call(OpCounters &op) : op_(op) {
-    timed_ = op.calls.load(std::memory_order_relaxed) % LE_TIMED_EVERY == 0;
+    timed_ = op.until == 0;
     bump(op.calls);
-    if (timed_) start_ = Clock::now();
+    if (!timed_) {
+      --op.until;
+      return;
+    }
+    op.draw();
+    start_ = Clock::now();
   }
   ~Call() {
     if (timed_) op_.end(std::chrono::nanoseconds(Clock::now() - start_).count());

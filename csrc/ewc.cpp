@@ -59,10 +59,7 @@ std::array<Part, 4> parts(const AdapterPool &pool, int32_t form, const EwcRecord
 // Both as rows that are contiguous in the record.
 void along_the_record(Rows *in_record, Rows *given) {
   if (in_record->col_stride == 1) return;
-  for (Rows *rows : {in_record, given}) {
-    std::swap(rows->n, rows->width);
-    std::swap(rows->row_stride, rows->col_stride);
-  }
+  for (Rows *rows : {in_record, given}) *rows = transposed(*rows);
 }
 
 void read_part(const char *op, const Kernels &k, const Part &part, const le_array &array) {
@@ -109,7 +106,7 @@ Ewc::Ewc(AdapterPool &pool, int32_t form, float lambda)
 
 std::unique_ptr<EwcRecord> &Ewc::entry(int32_t id) {
   if (id >= entries_.load(std::memory_order_acquire)) {
-    std::lock_guard<std::mutex> guard(mutex_);
+    std::lock_guard<std::mutex> guard(pool_.growing());
     if (id >= entries_.load(std::memory_order_relaxed)) {
       records_.grow_to(int64_t(id) + 1);
       entries_.store(int64_t(id) + 1, std::memory_order_release);
@@ -185,20 +182,22 @@ void Ewc::get(int32_t id, const le_array *first, const le_array *second, const l
   if (!record)
     fail(LE_ERROR_VALUE, "%s: slot: expected one with a record, got slot %d, which has none", op,
          id);
-  for (bool writing : {false, true})  // check all, then write
-    for (int s = 0; s < pool_.num_slices(); ++s) {
-      if (!slot.current->ranks[s]) continue;
-      std::array<Part, 4> of_slice = parts(pool_, form_, *record, *slot.current, s);
-      for (size_t i = 0; i < 4; ++i) {
-        const Part &part = of_slice[i];
-        const le_array *array = &given[i][s];
-        if (!present(array)) continue;
-        Rows to = matrix(op, part.name, array, part.rows.n, part.rows.width, part.symbols);
-        check_dtype(op, part.name, to.dtype, LE_FLOAT32, "");
-        check_output(op, part.name, array, to);
-        if (writing) write_part(kernels(), part, to);
-      }
+  std::vector<std::pair<Part, Rows>> copies;  // all checked before any is made
+  for (int s = 0; s < pool_.num_slices(); ++s) {
+    if (!slot.current->ranks[s]) continue;
+    std::array<Part, 4> of_slice = parts(pool_, form_, *record, *slot.current, s);
+    for (size_t i = 0; i < 4; ++i) {
+      const Part &part = of_slice[i];
+      const le_array *array = &given[i][s];
+      if (!present(array)) continue;
+      Rows to = matrix(op, part.name, array, part.rows.n, part.rows.width, part.symbols);
+      check_dtype(op, part.name, to.dtype, LE_FLOAT32, "");
+      check_output(op, part.name, array, to);
+      for (const auto &[other, rows] : copies) check_overlap(op, part.name, to, other.name, rows);
+      copies.emplace_back(part, to);
     }
+  }
+  for (const auto &[part, to] : copies) write_part(kernels(), part, to);
 }
 
 void Ewc::remove(int32_t id) {

@@ -4,7 +4,6 @@
 
 #include <initializer_list>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "adapter_pool.h"
@@ -56,8 +55,7 @@ class Ewc {
   AdapterPool &pool_;
   const int32_t form_;
   const float lambda_;
-  std::mutex mutex_;  // of growing the table
-  std::atomic<int64_t> entries_{0};
+  std::atomic<int64_t> entries_{0};  // grows under pool_.growing()
   Segmented<std::unique_ptr<EwcRecord>> records_;
 };
 

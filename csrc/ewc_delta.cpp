@@ -80,7 +80,16 @@ double largest_of(const double *values, int64_t n) {
   return most;
 }
 
-// Of two ranks and a gentle pull, as they are.
+// Of ranks 1 and 2; of others what it is at least.
+double least_eigenvalue(const double *gram, int64_t r) {
+  if (r == 1) return gram[0];
+  if (r > 2) return 0;
+  double a = gram[0], b = gram[1], c = gram[3];
+  double largest = (a + c + std::sqrt((a - c) * (a - c) + 4 * b * b)) / 2;
+  return largest > 0 ? std::max((a * c - b * b) / largest, 0.0) : 0;
+}
+
+// Of two ranks, as they are.
 void set_matrix(const double *gram, const double *cross, double strength, float *matrix,
                 Solve *to) {
   double m00 = strength * gram[0], m01 = strength * gram[1], m11 = strength * gram[3];
@@ -143,14 +152,21 @@ void delta_step(const Kernels &k, int32_t dtype, const FactorStep &step, const D
   std::fill(cross, cross + r * r, 0.0);
   Products products{other_weights, other.anchor, other.fisher, r, other.n, gram, cross, false};
   k.products[dtype](products);
-  // float32 sums are off by some 1e-7: enough as long as the pull multiplies that by little.
-  constexpr double kGentle = 4, kFits = 1e15;  // whose square float32 holds
+  // float32 sums, and sums of a pull with what it is to hold, are off by some 1e-7. That comes out
+  // multiplied by what the strongest pull is over what any direction gives way to it.
+  constexpr double kGentle = 4;
   const double pull = strength * step.lr, most = pull * largest_of(gram, 2 * r * r);
-  const bool gentle = own.largest * most * r <= kGentle;
+  const double least = pull * least_eigenvalue(gram, r), strongest = own.largest * most;
+  const bool gentle = strongest * r <= kGentle * (1 + own.largest * least);
   if (!gentle) {
     products.wide = true;
     k.products[dtype](products);
   }
+  // Without an eigenbasis: float32 holds the square of kFits; where only float64 tells the
+  // determinant from 0, up to kStrong, and nothing may be pulled at.
+  constexpr double kFits = 1e15, kStrong = 1e6;
+  const bool direct = r == 2 && std::max(most, strongest) <= kFits &&
+                      (gentle || (!own.anchor && strongest <= kStrong));
 
   Solve solve{};
   u.src = step.src;
@@ -163,7 +179,7 @@ void delta_step(const Kernels &k, int32_t dtype, const FactorStep &step, const D
   solve.u = u;
   solve.rank = r;
   float matrix[8];
-  if (r == 2 && gentle && most <= kFits)
+  if (direct)
     set_matrix(gram, cross, pull, matrix, &solve);
   else
     set_coefficients(r, gram, cross, pull, own.largest, &solve);

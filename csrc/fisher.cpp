@@ -171,12 +171,6 @@ const double *sum_all(Context &context, const Sums &s) {
   return total;
 }
 
-Rows transposed(Rows m) {
-  std::swap(m.n, m.width);
-  std::swap(m.row_stride, m.col_stride);
-  return m;
-}
-
 template <class T>
 void store_row_sums(T *to, int64_t step, const double *sum, int64_t sum_step, int64_t n,
                     bool accumulate) {
@@ -334,6 +328,7 @@ void lora_fisher(Context &context, const le_array *x, const le_array *grad, cons
   const char *op = "lora_fisher";
   Sums s{kernels()};
   Rows a = float_matrix(op, "A", A, -1, -1, "[r, in]");
+  check_rank(op, a.n);
   Rows b = float_matrix(op, "B", B, -1, a.n, "[out, r]");
   check_dtype(op, "B", b.dtype, a.dtype, ", the dtype of A");
   read_rows(op, x, a.width, grad, b.n, &s);

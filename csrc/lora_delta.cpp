@@ -106,6 +106,7 @@ void lora_delta(Context &context, const le_array *x, const le_array *A, const le
                 float scaling, bool accumulate, const le_array *y) {
   const char *op = "lora_delta";
   Rows a = float_matrix(op, "A", A, -1, -1, "[r, in]");
+  check_rank(op, a.n);
   Rows b = float_matrix(op, "B", B, -1, a.n, "[out, r]");
   check_dtype(op, "B", b.dtype, a.dtype, ", the dtype of A");
   check_finite(op, "scaling", scaling);
@@ -122,9 +123,7 @@ void lora_delta(Context &context, const le_array *x, const le_array *A, const le
   const char *down = packed_rows(a, a_memory, &a_stride);
   if (as_pairs(shape, b))
     return run_pairs(shape, {rows, shape.x.n}, b, {down, nullptr, a_stride, 0, 2, scaling});
-  Rows bt = b;
-  std::swap(bt.n, bt.width);
-  std::swap(bt.row_stride, bt.col_stride);
+  Rows bt = transposed(b);
   int64_t step = context.tile_rows(), tiles = (shape.x.n + step - 1) / step;
   int64_t bytes = shape.x.n * a.n * (a.width + b.n) * dtype_size(a.dtype);
   Term term{down, nullptr, a_stride, 0, a.n, scaling};

@@ -28,6 +28,17 @@ void each_part(int64_t cols, int64_t first, int64_t last, Visit &&visit) {
   }
 }
 
+void check_scales(const char *op, const char *arg, const float *scales) {
+  if (reinterpret_cast<uintptr_t>(scales) % alignof(float))
+    fail(LE_ERROR_VALUE, "%s: %s: expected scales at addresses that 4 divides, got %p", op, arg,
+         static_cast<const void *>(scales));
+}
+
+// As rows, for check_overlap.
+Rows bytes_at(const void *data, int64_t bytes) {
+  return {const_cast<char *>(static_cast<const char *>(data)), 1, bytes, bytes, 1, LE_UINT8};
+}
+
 }  // namespace
 
 Nf4Matrix::Nf4Matrix(const char *op, const le_nf4 *w) : w_(w ? *w : le_nf4{}) {
@@ -42,9 +53,7 @@ Nf4Matrix::Nf4Matrix(const char *op, const le_nf4 *w) : w_(w ? *w : le_nf4{}) {
   if (!w_.packed || (nested && !(w_.absmax_codes && w_.nested_absmax && w_.nested_map)))
     fail(LE_ERROR_VALUE, "%s: w: expected codes and scales, got NULL", op);
   for (const float *scales : {w_.absmax, w_.nested_absmax, w_.nested_map})
-    if (reinterpret_cast<uintptr_t>(scales) % alignof(float))
-      fail(LE_ERROR_VALUE, "%s: w: expected scales at addresses that 4 divides, got %p", op,
-           static_cast<const void *>(scales));
+    check_scales(op, "w", scales);
   if (nested && w_.nested_blocksize < 1)
     fail(LE_ERROR_VALUE, "%s: w: nested_blocksize: expected 1 or more, got %d", op,
          w_.nested_blocksize);
@@ -96,13 +105,7 @@ Nf4Scales Nf4Matrix::scales(int64_t first, int64_t count, Scratch<float> &memory
 
 void Nf4Matrix::check_apart(const char *op, const char *arg, const Rows &out) const {
   auto check = [&](const void *data, int64_t bytes) {
-    if (!data) return;
-    Rows in;
-    in.data = const_cast<char *>(static_cast<const char *>(data));
-    in.n = 1;
-    in.width = bytes;
-    in.dtype = LE_UINT8;
-    check_overlap(op, arg, out, "w", in);
+    if (data) check_overlap(op, arg, out, "w", bytes_at(data, bytes));
   };
   int64_t nested = w_.absmax ? 0 : (blocks_ + w_.nested_blocksize - 1) / w_.nested_blocksize;
   check(w_.packed, packed_bytes());
@@ -118,8 +121,14 @@ void nf4_encode(Context &context, const le_array *W, int32_t blocksize, uint8_t 
   Rows from = float_matrix(op, "W", W, -1, -1, "[rows, cols]");
   check_blocksize(op, blocksize);
   if (!packed || !absmax) fail(LE_ERROR_VALUE, "%s: expected room for the result, got NULL", op);
+  check_scales(op, "absmax", absmax);
   const Kernels &k = kernels();
   int64_t total = from.n * from.width;
+  Rows codes_to = bytes_at(packed, (total + 1) / 2);
+  Rows scales_to = bytes_at(absmax, 4 * ((total + blocksize - 1) / blocksize));
+  check_overlap(op, "packed", codes_to, "W", from);
+  check_overlap(op, "absmax", scales_to, "W", from);
+  check_overlap(op, "absmax", scales_to, "packed", codes_to);
   int64_t step = std::max<int64_t>(kTaskElements, blocksize);
   int threads = context.threads_for(8 * total);
   auto each_block = [&](auto &&visit) {

@@ -7,19 +7,15 @@
 #include <cstring>
 #include <string>
 
+#include "dlpack.h"
+
 namespace le_py {
 namespace {
 
-// The parts of DLPack (dlpack.h, version 1.3) that torch's exchange uses.
-struct DLTensor {
-  void *data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
+using le::DLTensor, le::kDLCpu;
+using le::kDLBfloat, le::kDLFloat, le::kDLInt, le::kDLUInt;
+
+// The part of DLPack's exchange that torch has.
 struct DLExchange {
   uint32_t major, minor;
   DLExchange *previous;
@@ -27,8 +23,6 @@ struct DLExchange {
   int (*tensor_from_object)(void *object, DLTensor *out);
   void *current_stream;
 };
-constexpr int32_t kCpu = 1;
-constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4;
 
 [[noreturn]] void raise(PyObject *type, const std::string &text) {
   PyErr_SetString(type, text.c_str());
@@ -169,7 +163,8 @@ void refuse_autograd(nb::handle object, const char *op, const char *arg) {
 // A view whose memory holds the negated values: torch.imag of a conjugate is one.
 // Such views skip over the real parts, so contiguous rows need no question.
 void refuse_negated(nb::handle object, const Array &a, const char *op, const char *arg) {
-  if (a.view.ndim > 0 && a.view.strides[a.view.ndim - 1] == 1) return;
+  int last = a.view.ndim - 1;
+  if (last >= 0 && a.view.strides[last] == 1 && a.view.shape[last] > 1) return;
   nb::object negated = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), torch().is_neg));
   if (!negated.is_valid()) throw nb::python_error();
   if (negated.ptr() == Py_True)
@@ -180,17 +175,17 @@ void refuse_negated(nb::handle object, const Array &a, const char *op, const cha
 
 void set_dtype(le_array &v, uint8_t code, uint8_t bits, nb::handle object, const char *op,
                const char *arg) {
-  if (code == kFloat && bits == 32)
+  if (code == kDLFloat && bits == 32)
     v.dtype = LE_FLOAT32;
-  else if (code == kBfloat && bits == 16)
+  else if (code == kDLBfloat && bits == 16)
     v.dtype = LE_BFLOAT16;
-  else if (code == kFloat && bits == 16)
+  else if (code == kDLFloat && bits == 16)
     v.dtype = LE_FLOAT16;
-  else if (code == kFloat && bits == 64)
+  else if (code == kDLFloat && bits == 64)
     v.dtype = LE_FLOAT64;
-  else if (code == kInt && bits == 32)
+  else if (code == kDLInt && bits == 32)
     v.dtype = LE_INT32;
-  else if (code == kUInt && bits == 8)
+  else if (code == kDLUInt && bits == 8)
     v.dtype = LE_UINT8;
   else
     raise_dtype(op, arg, object.attr("dtype"));
@@ -211,9 +206,9 @@ Array from_attributes(nb::handle object, const char *op, const char *arg) {
     const char *name;
     uint8_t code, bits;
   };
-  constexpr Known known[] = {{"torch.float32", kFloat, 32}, {"torch.bfloat16", kBfloat, 16},
-                             {"torch.float16", kFloat, 16}, {"torch.float64", kFloat, 64},
-                             {"torch.int32", kInt, 32},     {"torch.uint8", kUInt, 8}};
+  constexpr Known known[] = {{"torch.float32", kDLFloat, 32}, {"torch.bfloat16", kDLBfloat, 16},
+                             {"torch.float16", kDLFloat, 16}, {"torch.float64", kDLFloat, 64},
+                             {"torch.int32", kDLInt, 32},     {"torch.uint8", kDLUInt, 8}};
   Known is{};
   for (const Known &one : known)
     if (dtype == one.name) is = one;
@@ -238,7 +233,7 @@ Array from_exchange(nb::handle object, const char *op, const char *arg) {
                                text_of(object.attr("dtype")) + ", " +
                                text_of(object.attr("layout")));
   }
-  if (t.device_type != kCpu) raise_device(object, op, arg);
+  if (t.device_type != kDLCpu) raise_device(object, op, arg);
   Array out;
   le_array &v = out.view;
   check_ndim(op, arg, t.ndim);

@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 from lora_engine import _C
 
+TIMED_EVERY = 16  # LE_TIMED_EVERY
+
 
 class OpCounters(NamedTuple):
-    """calls: all, refused ones included. timed: how many of them were timed, one in 16 of each
-    thread; seconds: what these took together; buckets: how many of them took up to 1, 2, 4, ...
-    2^19 microseconds, and longer."""
+    """calls: all, refused ones included. timed: how many of them were timed, one in TIMED_EVERY,
+    drawn at random; seconds: what these took together; buckets: how many of them took up to 1, 2,
+    4, ... 2^19 microseconds, and longer."""
 
     calls: int
     timed: int

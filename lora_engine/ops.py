@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lora_engine.learning.ewc import EWC
     from lora_engine.quant.nf4 import NF4Tensor
 
-NO_ADAPTER, APPLIED, NOT_FINITE = 0, 1, 2  # le_outcome of lora_engine.h
+NO_ADAPTER, APPLIED, NOT_FINITE, NOT_OBSERVED = 0, 1, 2, 3  # le_outcome of lora_engine.h
 NOTES = {
     NO_ADAPTER: "no adapter was named: nothing was learned",
     APPLIED: "",

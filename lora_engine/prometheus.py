@@ -3,7 +3,7 @@
     from lora_engine.prometheus import register
     register()                          # then serve prometheus_client's registry as usual
 
-    lora_engine_forward_duration_seconds    histogram, from one call in 16, scaled to all
+    lora_engine_forward_duration_seconds    histogram, from one call in 16, times 16
     lora_engine_adapt_duration_seconds      likewise
     lora_engine_skipped_updates_total       rows whose step was not finite
     lora_engine_resident_adapters           in pools of this process, on the CPU
@@ -24,7 +24,7 @@ from prometheus_client.core import (
     HistogramMetricFamily,
 )
 
-from lora_engine.counters import OpCounters, counters
+from lora_engine.counters import TIMED_EVERY, OpCounters, counters
 
 if TYPE_CHECKING:
     from lora_engine.adapters.store import AdapterStore
@@ -33,14 +33,14 @@ _FIRST = 1e-6  # seconds: the least bucket; each next is twice as long
 
 
 def _histogram(name: str, what: str, op: OpCounters) -> HistogramMetricFamily:
-    """Scaled from the timed calls to all, so that rates and quotients mean calls."""
-    scale = op.calls / op.timed if op.timed else 0.0
+    """Of the timed calls, TIMED_EVERY times each, so that rates mean calls. By a constant: a
+    series that goes down is a restart to Prometheus."""
     buckets, so_far = [], 0
     for i, count in enumerate(op.buckets):
         so_far += count
         last = i == len(op.buckets) - 1
-        buckets.append(("+Inf" if last else repr(_FIRST * 2**i), round(so_far * scale)))
-    return HistogramMetricFamily(name, what, buckets=buckets, sum_value=op.seconds * scale)
+        buckets.append(("+Inf" if last else repr(_FIRST * 2**i), TIMED_EVERY * so_far))
+    return HistogramMetricFamily(name, what, buckets=buckets, sum_value=TIMED_EVERY * op.seconds)
 
 
 class EngineCollector:

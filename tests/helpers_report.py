@@ -46,8 +46,9 @@ def report() -> dict[str, Any]:
     late |= {"extra_ms": {"median": 30.0, "p10": 25.0, "p90": 35.0}} | times(9e4)
     none: dict[str, Any] = {"flops": 0.0, "peers": []}
     points = [
-        {"axis": axis, "value": value, "median_us": 10.0 * value, "p10_us": 9.0 * value,
+        {"op": op, "axis": axis, "value": value, "median_us": 10.0 * value, "p10_us": 9.0 * value,
          "p90_us": 12.0 * value, "floor_us": 8.0 * value}
+        for op in ("pool.forward", "pool.adapt")
         for axis in ("rows", "rank") for value in (1, 4, 16)
     ]  # fmt: skip
     return {
@@ -69,11 +70,13 @@ def report() -> dict[str, Any]:
             {"op": "broken", "shape": "64", "wrong": "error 0.5 <script>"} | none,
             {"op": "of torch", "shape": "1", "absent": "No module"} | none,
         ],
-        "growth": [*points, {"axis": "hidden", "value": 256, "wrong": "error 1"}],
+        "growth": [
+            *points, {"op": "nf4_linear", "axis": "hidden", "value": 256, "wrong": "error 1"},
+        ],
         "variants": [{
             "variant": "LoRA r=2, float32", "parameters": 16384, "bytes": 65536,
             "bits_per_parameter": 32.0, "forward_us": 2.0,
-        }],
+        }, {"variant": "NF4", "wrong": "error 2"}, {"variant": "dense", "absent": "No torch"}],
         "bandwidth": [
             {"level": level, "threads": 2, "probe_bytes": 1, "read_gb_s": rate,
              "read_kernel": "torch sum", "update_gb_s": rate, "update_kernel": "torch mul_"}

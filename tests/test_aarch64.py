@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers_native import ROOT, build, call, install
@@ -19,14 +20,23 @@ def programs(tmp_path_factory):
         "CMAKE_BUILD_TYPE=Debug",
         "CMAKE_CXX_FLAGS_DEBUG=-O1",
     )
-    package = install(folder, *settings) / "lib" / "cmake" / "lora_engine"
-    return build(ROOT / "tests" / "c", folder / "tests", f"lora_engine_DIR={package}", *settings)
+    package = install(folder, "LORA_ENGINE_CHECK=ON", *settings) / "lib" / "cmake" / "lora_engine"
+    build(ROOT / "tests" / "c", folder / "tests", f"lora_engine_DIR={package}", *settings)
+    return folder
+
+
+def emulated(program: Path, isa: str) -> str:
+    return call("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", program, LORA_ENGINE_ISA=isa)
 
 
 @pytest.mark.parametrize("isa", ["generic", "neon"])
 def test_c_tests(isa, programs):
-    said = call(
-        "qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", programs / "tests", LORA_ENGINE_ISA=isa
-    )
+    said = emulated(programs / "tests" / "tests", isa)
     assert f"instruction set: {isa}\n" in said
     assert said.endswith(" checks, 0 failed\n")
+
+
+def test_every_op_against_plain_loops(programs):
+    said = emulated(programs / "build" / "check", "neon")
+    assert said.startswith("instruction set: neon\n")
+    assert said.count(" cases, worst error ") == 11

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import lora_engine as le
-from lora_engine.counters import Counters, counters
+from lora_engine.counters import TIMED_EVERY, Counters, counters
 from lora_engine.prometheus import register
 
 N = 64
@@ -75,7 +75,7 @@ def test_one_call_in_sixteen_of_a_thread_is_timed(pool: le.AdapterPool) -> None:
     before = counters()
 
     def serve() -> None:
-        for _ in range(160):
+        for _ in range(1600):
             pool.forward(X, IDS)
 
     threads = [threading.Thread(target=serve) for _ in range(3)]
@@ -84,10 +84,24 @@ def test_one_call_in_sixteen_of_a_thread_is_timed(pool: le.AdapterPool) -> None:
     for thread in threads:
         thread.join()
     after = counters()  # of threads that have ended, too
-    assert after.forward.calls - before.forward.calls == 3 * 160
-    assert after.forward.timed - before.forward.timed == 3 * 10
+    assert after.forward.calls - before.forward.calls == 3 * 1600
+    assert 240 < after.forward.timed - before.forward.timed < 360
     assert sum(after.forward.buckets) == after.forward.timed
     assert after.forward.seconds > before.forward.seconds
+
+
+def test_calls_that_alternate_are_timed_alike(pool: le.AdapterPool) -> None:
+    """A long one in every two: about half of the timed ones are long."""
+    long = np.ones((4096, N), np.float32)
+    ids = np.zeros(4096, np.int32)
+    before = counters().forward
+    for _ in range(800):
+        pool.forward(X, IDS)
+        pool.forward(long, ids)
+    after = counters().forward
+    risen = [b - a for a, b in zip(before.buckets, after.buckets, strict=True)]
+    slow = sum(risen[6:])  # over 32 us
+    assert 0.25 < slow / sum(risen) < 0.75
 
 
 def test_resident_counts_adapters_in_pools(pool: le.AdapterPool) -> None:
@@ -143,8 +157,9 @@ def test_prometheus_reads_the_counters(pool: le.AdapterPool) -> None:
     for name, op in (("forward", now.forward), ("adapt", now.adapt)):
         family = families[f"lora_engine_{name}_duration_seconds"]
         samples = {(s.name, s.labels.get("le")): s.value for s in family.samples}
-        assert samples[f"{family.name}_count", None] == op.calls
-        assert samples[f"{family.name}_bucket", "+Inf"] == op.calls
+        assert samples[f"{family.name}_count", None] == TIMED_EVERY * op.timed
+        assert samples[f"{family.name}_bucket", "+Inf"] == TIMED_EVERY * op.timed
+        assert samples[f"{family.name}_sum", None] == TIMED_EVERY * op.seconds
         edges = [s for s in family.samples if s.name.endswith("_bucket")]
         assert float(edges[0].labels["le"]) == 1e-6
         values = [s.value for s in edges]
@@ -156,3 +171,22 @@ def test_prometheus_reads_the_counters(pool: le.AdapterPool) -> None:
     with pytest.raises(ValueError, match="Duplicated"):
         register(registry)
     registry.unregister(collector)
+
+
+def test_no_series_goes_down(pool: le.AdapterPool) -> None:
+    """Prometheus takes that for a restart."""
+    registry = CollectorRegistry()
+    register(registry)
+
+    def scraped() -> dict[tuple[str, str | None], float]:
+        families = [f for f in registry.collect() if f.type in ("counter", "histogram")]
+        return {(s.name, s.labels.get("le")): s.value for f in families for s in f.samples}
+
+    before = scraped()
+    for i in range(200):
+        pool.forward(X, IDS)
+        pool.adapt(X, X, IDS, lr=1e-6)
+        if i % 3 == 0:
+            now = scraped()
+            assert all(now[name] >= value for name, value in before.items())
+            before = now

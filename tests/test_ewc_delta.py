@@ -112,8 +112,22 @@ def test_fused_step_matches_reference(dtype, data):
     assert learning.ewc.penalty() == pytest.approx(learning.penalty(), rel=1e-5, abs=1e-30)
 
 
+@pytest.mark.parametrize("lam", [0.01, 0.1, 300.0, 1e9, 1e18])
+@pytest.mark.parametrize("pulls", [True, False])
+def test_two_ranks_under_a_gentle_and_a_strong_pull(lam, pulls):
+    """Where it can be, it is solved without an eigenbasis; an anchored B of 0 pulls at nothing."""
+    learning = Learning(np.random.default_rng(3), 127, (131,), 2, "float32", lam)
+    if not pulls:
+        A, B, scaling = learning.pool.get(0)
+        learning.pool.set(0, A, 0 * B, scaling)
+        learning.anchor = learning.held.refresh()[0]
+        learning.record()
+    for _ in range(3):
+        assert max(learning.errors(lr=0.05, weight_decay=0.1)) <= STORED["float32"]
+
+
 @pytest.mark.parametrize("lam", [10.0, 10_000.0])
-@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("rank", [1, 2, 3, 8])
 def test_penalty_falls_step_by_step_however_large_lambda(lam, rank):
     """c = 2 lambda up to 20,000, from other weights of the same adapter, without a gradient."""
     learning = Learning(np.random.default_rng(0), 33, (40,), rank, "float32", lam)

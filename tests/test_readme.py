@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import helpers_report
 import torch
 
 from bench import readme
+from bench.cases import CASES
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -51,3 +54,19 @@ def test_the_speed_table_is_that_of_its_results_file():
     text = README.read_text(encoding="utf-8")
     assert text == readme.generated(text), "python -m bench.readme --write"
     assert "| aim |" in text
+
+
+def test_the_record_has_every_case():
+    """A new case is measured before it is on main: python -m bench.table --rounds 31."""
+    name = readme.BLOCK.search(README.read_text(encoding="utf-8"))["file"]
+    record = json.loads((README.parent / name).read_text(encoding="utf-8"))
+    assert [(r["op"], r["shape"]) for r in record["rows"]] == [(c.op, c.shape) for c in CASES]
+
+
+def test_what_failed_and_what_was_absent_stand_in_the_table():
+    report = helpers_report.report()
+    report["rows"][2]["peers"][0]["wanted"] = 2.0
+    lines = readme.table(report).splitlines()
+    assert "| `broken`, 64 | wrong |  |  |  |" in lines
+    assert "| `of torch`, 1 | absent |  |  |  |" in lines
+    assert any(line.endswith("| PEFT | absent | 2x, not judged |") for line in lines)

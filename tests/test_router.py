@@ -246,6 +246,9 @@ def test_rows_with_nan_take_the_base_and_are_reported_and_the_others_do_not_care
 def test_no_rows_one_row_and_more_wanted_than_there_are():
     router = le.Router(top_k=4)
     router.add("a", np.eye(3), slot=2)
+    router.add("words", keywords=["word"])
+    assert router.route(np.zeros((0, 3)), texts=[]).ids.shape == (0, 4)
+    router.remove("words")
     assert router.route(np.zeros((0, 3))).ids.shape == (0, 4)
     routed = router.route(np.ones(3))
     assert routed.ids.tolist() == [[2, -1, -1, -1]]
@@ -258,6 +261,9 @@ def test_no_rows_one_row_and_more_wanted_than_there_are():
     [
         (lambda r: r.add("a"), ValueError, "name: expected a new one, got 'a' again"),
         (lambda r: r.add(3), TypeError, "name: expected text, got int"),
+        (lambda r: r.add("b", slot=1.7), TypeError, "slot: expected a whole number, got 1.7"),
+        (lambda r: r.add("b", slot=-7), ValueError, "slot: expected -1 or a slot, got -7"),
+        (lambda r: r.add("b", slot=2**40), ValueError, "slot: expected -1 or a slot"),
         (
             lambda r: r.add("b", np.ones((2, 4))),
             ValueError,

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers_ewc import FORMS, samples
+from helpers_ewc import samples
 from helpers_files import run_python
 from helpers_store import SIZES, drawn, file_of, files, open_store, put, same
 
@@ -176,88 +176,29 @@ def test_a_batch_of_more_users_than_fit_is_refused_and_pins_nobody(tmp_path):
             store.slot(user)
 
 
-# ---- EWC travels with the adapter -------------------------------------------
-
-
-def observe(store, ewc, user, draw, boundary):
-    rng = np.random.default_rng(draw)
-    x, grad = samples(rng, 5, 12, 7)
-    slot = store.slot(user)
-    ewc.observe(x, grad, slot)
-    store.pool.adapt(x, grad, np.full(5, slot, np.int32), lr=0.02, ewc=ewc)
-    if boundary:
-        ewc.consolidate(slot)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_ewc_goes_on_as_if_all_had_stayed_resident(form, tmp_path):
-    stores = [open_store(tmp_path / name, n) for name, n in (("few", 2), ("all", 9))]
-    pairs = [(store, le.EWC(store.pool, 2.0, 0.8, form, fisher_samples=7)) for store in stores]
-    for store, ewc in pairs:
-        store.carry(ewc)
-        for i in range(40):
-            observe(store, ewc, f"u{i * 5 % 7}", i, boundary=i % 3 == 1)
-    (few, few_ewc), (whole, whole_ewc) = pairs
-    assert len(few.pool) == 2
-    recorded = 0
-    for i in range(7):
-        a, b = few.slot(f"u{i}"), whole.slot(f"u{i}")
-        mine, theirs = few_ewc.slot_state(a), whole_ewc.slot_state(b)
-        assert {k: v.tobytes() for k, v in mine.items()} == {
-            k: v.tobytes() for k, v in theirs.items()
-        }
-        recorded += f"{form}.anchor_A.0.0" in mine and f"{form}.samples.0.0" in mine
-        assert same(few.pool.get(a), whole.pool.get(b))
-    assert recorded  # both kinds were there
-    for store in stores:
-        store.close()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_each_change_to_ewc_alone_is_one_to_write(form, tmp_path):
-    x, grad = samples(np.random.default_rng(0), 2, 12, 7)
-    with open_store(tmp_path) as store:
-        slot = put(store, "a", 1)
-        store.flush()
-        ewc = le.EWC(store.pool, 1.0, 0.9, form)
-        store.carry(ewc)
-        with pytest.raises(ValueError, match="companion: expected one, got a second"):
-            store.carry(ewc)
-        changes = [
-            lambda: ewc.observe(x, grad, slot),
-            lambda: ewc.consolidate(),
-            lambda: ewc.load_state(ewc.state()),
-            lambda: ewc.remove(slot),
-        ]
-        for change in changes:
-            assert store.flush() == 0
-            change()
-            assert store.flush() == 1
-
-
-def test_a_state_that_no_ewc_takes_stays_in_the_file(tmp_path):
+def test_an_adapter_of_a_larger_rank_than_is_allowed_now_is_served_the_base(tmp_path):
+    with open_store(tmp_path, 2) as store:
+        put(store, "wide", 1, rank=8)
+    with open_store(tmp_path, 1, rank=2, max_rank=4) as store:
+        put(store, "b", 2)
+        message = r"lora_A\.0: expected a rank of at most max_rank = 4, got 8"
+        with pytest.warns(UserWarning, match=message):
+            assert store.slot("wide") == -1
+        assert message.replace("\\", "") in store.damaged["wide"]
+        assert store.evictions == 0
     with open_store(tmp_path, 1) as store:
-        ewc = le.EWC(store.pool, 1.0, form="factor")
-        store.carry(ewc)
-        put(store, "a", 1)
-        observe(store, ewc, "a", 0, boundary=True)
-        state = ewc.slot_state(store.slot("a"))
-    with open_store(tmp_path, 1) as store:  # nobody asks for it
-        put(store, "a", 2)
-        store.slot("b")
-    with open_store(tmp_path, 1) as store:  # the other form
-        ewc = le.EWC(store.pool, 1.0, form="delta")
-        store.carry(ewc)
-        with pytest.warns(UserWarning, match=r"its state is kept, and not used:.*form delta"):
-            put(store, "a", 3)
-        observe(store, ewc, "a", 1, boundary=True)
-    with open_store(tmp_path, 1) as store:
-        store.slot("a")
-        kept = store._residents.find("a").kept
-        assert {k: v.tobytes() for k, v in kept.items() if k.startswith("factor")} == {
-            k: v.tobytes() for k, v in state.items()
-        }
-        assert "delta.anchor_A.0.0" in kept
+        assert same(store.pool.get(store.slot("wide")), drawn(1, 8))
+
+
+def test_a_slot_that_was_removed_from_the_pool_is_an_error_and_holds_no_lock(tmp_path):
+    store = open_store(tmp_path, 1)
+    store.pool.remove(store.slot("a"))
+    for call in (lambda: store.slot("b"), store.flush, store.close):
+        for _ in range(2):
+            with pytest.raises(IndexError):
+                call()
+    store.pool.add(*drawn(0))  # its slot is in use again
+    store.close()
 
 
 # ---- ids --------------------------------------------------------------------
@@ -419,6 +360,8 @@ def test_a_store_is_kept_until_it_is_closed(tmp_path):
     [
         ({"resident": 0}, "resident: expected at least 1, got 0"),
         ({"rank": 0}, "rank: expected at least 1, got 0"),
+        ({"resident": True}, "resident: expected at least 1, got True"),
+        ({"alpha": float("inf")}, "alpha: expected a finite number, got inf"),
         ({"rank": 9, "max_rank": 8}, "rank: expected at most 8, got 9"),
     ],
 )

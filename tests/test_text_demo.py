@@ -149,7 +149,8 @@ def test_a_browser_searches_clicks_and_sees_it_learned(width, tmp_path, monkeypa
         b"</body>", PROBE.encode()))  # fmt: skip
     with reloaded.open_store(tmp_path / "served", WIDTH) as store:
         session = Session(helpers_text.world(), Sentences(), store)
-        server = serve.Server(session, 0)
+        server = serve.Server(0)
+        server.session = session
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
@@ -193,6 +194,19 @@ def test_ctrl_c_ends_it_and_keeps_what_was_learned(tmp_path):
     assert "Traceback" not in errors
     with reloaded.open_store(tmp_path / "served", WIDTH):  # unlocked
         pass
+
+
+def test_a_store_that_is_held_and_a_port_that_is_taken_end_it_before_the_encoding(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(serve, "Encoder", Sentences)
+    monkeypatch.setattr(serve, "_encoded", lambda *_: pytest.fail("it encodes"))
+    with reloaded.open_store(tmp_path / "served", WIDTH):
+        assert serve.run(0, tmp_path) == 2
+    assert "demo: serve: " in capsys.readouterr().err
+    with serve.Server(0) as taken:
+        assert serve.run(taken.server_port, tmp_path) == 2
+    assert f"demo: serve: [Errno 98] port {taken.server_port}:" in capsys.readouterr().err
 
 
 def test_a_port_that_is_none(capsys):

@@ -132,7 +132,8 @@ def test_every_taste_is_learned_and_no_other_users_slot_changes(world):
 @pytest.fixture
 def server(world, tmp_path):
     with reloaded.open_store(tmp_path, WIDTH) as store:
-        made = Server(Session(world, Sentences(), store), 0)
+        made = Server(0)
+        made.session = Session(world, Sentences(), store)
         thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         yield made

@@ -115,6 +115,11 @@ def test_delta_lora_refusals():
         (([1.0], weights, weights), TypeError, "W: expected a float matrix, got list"),
         ((W.T, weights, weights), ValueError, r"before: expected A \[r, in\].*W \(5, 4\)"),
         ((W, weights, weights, float("nan")), ValueError, "ratio: expected a finite number"),
+        (
+            (W, weights, (weights[0], weights[1] * np.nan, 1.0)),
+            ValueError,
+            "after: expected finite",
+        ),
     ):
         with pytest.raises(error, match=f"delta_lora: {message}"):
             le.delta_lora(*call)
@@ -269,6 +274,7 @@ def test_resize_refusals():
         (lora, {}, ValueError, "expected one of rank and tolerance"),
         (lora, {"rank": 2, "tolerance": 0.1}, ValueError, "expected one of rank and tolerance"),
         (lora, {"rank": 0}, ValueError, "rank: expected at least 1, got 0"),
+        (lora, {"rank": 8, "max_rank": 4}, ValueError, "max_rank: expected none with rank"),
         (lora, {"tolerance": 1.0}, ValueError, "tolerance: expected 0 <= t < 1"),
         ("folder", {"rank": 2}, TypeError, "adapter: expected .* got str"),
         (bad, {"rank": 2}, ValueError, "expected finite numbers"),

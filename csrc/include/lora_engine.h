@@ -7,8 +7,8 @@
  *   (ndim 1) stands for one row. The delta of a row is scaling * B (A x).
  * - Arrays are borrowed for the length of the call and described by le_array:
  *   strides count elements, not bytes. Outputs are owned by the caller.
- * - Handles are opaque. A pool keeps its context and an le_ewc its pool, so they may be
- *   destroyed in any order. A handle that was destroyed is refused (LE_ERROR_VALUE), and
+ * - Handles are opaque. A pool keeps its context, an le_ewc and an le_view their pool, so they
+ *   may be destroyed in any order. A handle that was destroyed is refused (LE_ERROR_VALUE), and
  *   destroying it again does nothing, until its memory is issued again, after 64 others.
  * - Every function that can fail returns an le_status; le_last_error(ctx)
  *   says what was wrong, in words, for the calling thread. Arguments are
@@ -60,10 +60,11 @@ typedef enum le_dtype {
 } le_dtype;
 
 #define LE_MAX_DIMS 4
+#define LE_MAX_RANK 65536 /* of an adapter, in the pool or in arrays */
 #define LE_ARRAY_READONLY 1u
 
 typedef struct le_array {
-  void *data; /* NULL with ndim 0 means "none" where an argument is optional */
+  void *data; /* aligned to its dtype; NULL with ndim 0 is "none" where that is possible */
   int64_t shape[LE_MAX_DIMS];
   int64_t strides[LE_MAX_DIMS]; /* in elements; may be 0 or negative */
   int32_t ndim;
@@ -162,7 +163,7 @@ LE_API le_status le_set_tuning(le_context *ctx, int64_t bytes_per_thread, int64_
 
 /* What the engine did. Counting costs under 1 % of the shortest call; a build with
  * -DLORA_ENGINE_COUNTERS=OFF does without, and then tells zeros. */
-#define LE_TIMED_EVERY 16      /* calls, of each thread: one of them is timed */
+#define LE_TIMED_EVERY 16      /* calls: one of them is timed, drawn at random */
 #define LE_DURATION_BUCKETS 20 /* up to 1, 2, 4 ... 2^19 us; one more holds what took longer */
 
 typedef struct le_op_counters {
@@ -232,8 +233,6 @@ typedef struct le_pool_options {
   uint64_t seed;    /* of the stochastic rounding of 16-bit storage */
 } le_pool_options;
 
-#define LE_MAX_RANK 65536
-
 LE_API le_status le_pool_create(le_context *ctx, const le_pool_options *options, le_pool **out);
 LE_API void le_pool_destroy(le_pool *pool);
 
@@ -243,8 +242,8 @@ LE_API le_status le_pool_add(le_pool *pool, const le_array *A, const le_array *B
                              int32_t *slot);
 LE_API le_status le_pool_set(le_pool *pool, int32_t slot, const le_array *A, const le_array *B,
                              float scaling);
-/* Writes the slot's weights to caller-owned arrays of the shapes that
- * le_pool_ranks implies (data NULL skips one). */
+/* Writes the slot's weights to caller-owned arrays of the shapes that le_pool_ranks
+ * implies, none of which overlap; "none" skips one. */
 LE_API le_status le_pool_get(le_pool *pool, int32_t slot, const le_array *A, const le_array *B,
                              float *scaling);
 /* Zeroes the slot's memory and frees it; freed slots are reissued oldest first. */
@@ -299,7 +298,7 @@ LE_API le_status le_pool_forward(le_pool *pool, const le_array *x, const le_arra
                                  const le_array *weights, int32_t transposed, int32_t accumulate,
                                  const le_array *y);
 
-/* The same with one slot for all rows. */
+/* The same with one slot for all rows; transposed only of a pool of one slice. */
 LE_API le_status le_pool_forward_slot(le_pool *pool, int32_t slot, const le_array *x,
                                       int32_t transposed, int32_t accumulate, const le_array *y);
 
@@ -332,9 +331,9 @@ LE_API le_status le_nf4_decode(le_context *ctx, const le_nf4 *w, const le_array 
 
 /* y = x W^T + bias + the pool's deltas: x [n, cols], y [n, rows] of x's dtype, bias
  * [rows] or NULL; pool NULL, or one of in features cols and out features rows with ids
- * and weights as in le_pool_forward. compute: LE_FLOAT32, LE_BFLOAT16 (x and codes are
- * rounded to it, sums stay float32), or -1: that of x, float32 for float16. A row of no
- * adapter has the bits it has without a pool. */
+ * and weights as in le_pool_forward. compute: LE_FLOAT32, LE_BFLOAT16 (x is rounded to
+ * it, codes where that is faster, sums stay float32), or -1: that of x, float32 for float16. A row
+ * of no adapter has the bits it has without a pool. */
 LE_API le_status le_nf4_linear(le_context *ctx, const le_array *x, const le_nf4 *w,
                                const le_array *bias, le_pool *pool, const le_array *ids,
                                const le_array *weights, int32_t compute, const le_array *y);
@@ -357,7 +356,8 @@ typedef struct le_step {
 typedef enum le_outcome {
   LE_NO_ADAPTER = 0, /* the row named none: nothing was learned */
   LE_APPLIED = 1,
-  LE_NOT_FINITE = 2 /* the gradient or the step held NaN or Inf: the adapter is untouched */
+  LE_NOT_FINITE = 2,  /* the gradient or the step held NaN or Inf: the adapter is untouched */
+  LE_NOT_OBSERVED = 3 /* applied, but too large for sums of squares (..._observed alone) */
 } le_outcome;
 
 /* One gradient step for every adapter named, from the values before the call:
@@ -373,7 +373,9 @@ LE_API le_status le_pool_adapt_slot(le_pool *pool, int32_t slot, const le_array 
                                     const le_array *grad, const le_step *step, uint8_t *outcome,
                                     double *grad_norm);
 /* The same, and where the step was applied the samples' Fisher factors are added up with it:
- * row `slot` of u [., out] += the sum over rows of grad^2, of v [., in] += that of x^2, float32. */
+ * row `slot` of u [., out] += the sum over rows of grad^2, of v [., in] += that of x^2, float32.
+ * Where either is above 1e30 in all, so that sums might become Inf, both stay as they are and the
+ * outcome is LE_NOT_OBSERVED. */
 LE_API le_status le_pool_adapt_slot_observed(le_pool *pool, int32_t slot, const le_array *x,
                                              const le_array *grad, const le_step *step,
                                              const le_array *u, const le_array *v, uint8_t *outcome,
@@ -410,8 +412,8 @@ LE_API le_status le_ewc_set(le_ewc *ewc, int32_t slot, const le_array *first,
 LE_API le_status le_ewc_restore(le_ewc *ewc, int32_t slot, const le_array *first,
                                 const le_array *second, const le_array *anchor_A,
                                 const le_array *anchor_B);
-/* Writes a slot's record to caller-owned float32 arrays of those shapes (data NULL skips
- * one). LE_ERROR_VALUE where the slot has none. */
+/* Writes a slot's record to caller-owned float32 arrays of those shapes, none of which overlap;
+ * "none" skips one. LE_ERROR_VALUE where the slot has none. */
 LE_API le_status le_ewc_get(le_ewc *ewc, int32_t slot, const le_array *first,
                             const le_array *second, const le_array *anchor_A,
                             const le_array *anchor_B);

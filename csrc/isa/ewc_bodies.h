@@ -214,7 +214,7 @@ LE_INLINE void solve_registers(const Solve s) {  // by value: no store can alias
   });
 }
 
-// Of two ranks and a gentle pull: (I + f M)^-1 by its adjugate, a division a column.
+// Of two ranks: (I + f M)^-1 by its adjugate, a division a column.
 template <class T, bool PULL>
 LE_INLINE void solve_two(const Solve s) {
   const T *src = static_cast<const T *>(s.u.src);

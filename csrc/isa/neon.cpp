@@ -9,6 +9,6 @@
 #define LE_ROUND_FLOAT16(v) reinterpret_cast<H>(vcvt_f16_f32((float32x4_t)(v)))
 #define LE_NAME "neon"
 #define LE_TABLE kernels_neon
-#include "nf4_generic.h"
-#define LE_NF4_BFLOAT float_compute<FloatLanes>()
+#include "nf4_neon.h"
+#define LE_NF4_BFLOAT float_compute<BfloatLanes>()
 #include "bodies.h"

@@ -225,17 +225,21 @@ class MicroLoRA:
         else:
             outcome, norm = self._take_gradient(x, grad, m, lr, step)
             why = ops.NOTES[outcome]
-        m.baseline.update(feedback.quality)
+        self._rate(feedback, module, m)
         return AdaptResult(outcome == _APPLIED, why, (perf_counter() - start) * 1e6, norm)
 
     def _quality_gradient(
         self, x: Any, feedback: Feedback, module: str, m: _Module
     ) -> tuple[Any, str]:
         """dL/dy and "", or None and why: with this thread's last trace where nothing was given."""
-        last = None
-        if feedback.trace is None and feedback.output is None:
-            last = self._explorer.take(module)
+        last = self._explorer.last(module) if feedback.needs_trace else None
         return feedback.quality_gradient(self, x, module, m.baseline.value, last)
+
+    def _rate(self, feedback: Feedback, module: str, m: _Module) -> None:
+        """What a quality changes once it was learned from, or found to teach nothing."""
+        m.baseline.update(feedback.quality)
+        if feedback.needs_trace:
+            self._explorer.take(module)
 
     def _take_gradient(
         self, x: Any, grad: Any, m: _Module, lr: float | None, step: Any

@@ -87,9 +87,11 @@ class Router:
         """Another adapter to route to.
 
         prototypes [p, width] or [width]: embeddings, of any length but 0. keywords: single
-        words, compared without case. slot: what ``ids`` hold for it, -1: the base. With the
-        router's pool, a slot is routed to by its weights too. Raises ValueError (a name twice,
-        shape, NaN, no word), TypeError, IndexError (a slot not in use).
+        words, compared without case. slot: what ``ids`` hold for it, -1: the base; whose adapter
+        leaves it (``pool.remove``, an eviction by an AdapterStore) is to be removed here first, as
+        a slot that is issued again is another's. With the router's pool, a slot is routed to by
+        its weights too. Raises ValueError (a name twice, shape, range, NaN, no word), TypeError,
+        IndexError (a slot not in use).
         """
         if not isinstance(name, str):
             raise TypeError(f"Router.add: name: expected text, got {type(name).__name__}")
@@ -97,6 +99,10 @@ class Router:
             raise ValueError(f"Router.add: name: expected a new one, got {short(name)!r} again")
         if isinstance(keywords, str):
             raise TypeError("Router.add: keywords: expected several words, got text")
+        if isinstance(slot, bool) or not hasattr(slot, "__index__"):
+            raise TypeError(f"Router.add: slot: expected a whole number, got {slot!r}")
+        if not -1 <= slot < 2**31:
+            raise ValueError(f"Router.add: slot: expected -1 or a slot, got {slot}")
         words = [_word(keyword) for keyword in keywords]
         given = centre = None
         if prototypes is not None:
@@ -210,8 +216,8 @@ class Router:
                 total[:, [*there]] += scores - mean
                 found |= good
         if texts is not None and any(route.keywords for route in routes):
-            hits = np.array([_hits(text, routes) for text in texts])
-            total += _NATS_A_KEYWORD * hits.reshape(total.shape)
+            hits = np.array([_hits(text, routes) for text in texts]).reshape(total.shape)
+            total += _NATS_A_KEYWORD * hits
             found |= hits.any(axis=1)
         return total, found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import threading
 import warnings
@@ -72,12 +73,14 @@ class AdapterStore:
         seed: int = 0,
     ) -> None:
         for name, value in (("resident", resident), ("rank", rank)):
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"AdapterStore: {name}: expected at least 1, got {value!r}")
+        if not math.isfinite(alpha):
+            raise ValueError(f"AdapterStore: alpha: expected a finite number, got {alpha!r}")
         if max_rank is not None and rank > max_rank:
             raise ValueError(f"AdapterStore: rank: expected at most {max_rank}, got {rank}")
         self.folder = Path(os.path.realpath(folder))
-        self.rank, self.scaling = rank, float(alpha) / rank
+        self.rank, self.scaling, self._max_rank = rank, float(alpha) / rank, max_rank
         self.pool = AdapterPool(
             in_features, out_features, dtype, device, resident, max_rank, seed=seed
         )
@@ -257,7 +260,17 @@ class AdapterStore:
 
     def _read(self, user: str, path: str) -> Stored | None:
         data = store_file.read(path)
-        return None if data is None else store_file.decode(data, user, self._shape, path)
+        if data is None:
+            return None
+        stored = store_file.decode(data, user, self._shape, path)
+        most = self._max_rank
+        for s, A in enumerate(stored.A):
+            if most is not None and A is not None and len(A) > most:
+                raise FormatError(
+                    f"{path}: lora_A.{s}: expected a rank of at most max_rank = {most},"
+                    f" got {len(A)}"
+                )
+        return stored
 
     def _fresh(self, hashed: bytes) -> Stored:
         rng = np.random.default_rng(int.from_bytes(hashed, "little"))
@@ -386,6 +399,4 @@ def _check_settings(folder: Path, shape: Shape) -> None:
     for name, value in mine.items():
         if found.get(name) != value:
             there = short(repr(found.get(name)))
-            if name == "format":
-                raise FormatError(f"{file}: format: expected {value}, got {there}")
             raise ValueError(f"AdapterStore: {name}: expected {there} as in {file}, got {value!r}")

@@ -104,11 +104,13 @@ class Residents:
         room, looked = False, 0
         for it in self._users.values():
             if not self._in_use(it) and it.lock.acquire(blocking=False):
-                room = it.saved == self._version(it)
-                if room:
-                    self._leave(it)
-                    self.evictions += 1
-                it.lock.release()
+                try:
+                    room = it.saved == self._version(it)
+                    if room:
+                        self._leave(it)
+                        self.evictions += 1
+                finally:
+                    it.lock.release()
                 looked += 1
                 if room or looked == self._ahead:
                     break

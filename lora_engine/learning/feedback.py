@@ -79,6 +79,11 @@ class Feedback(NamedTuple):
             raise ValueError("Feedback.from_quality: expected an output or a trace, got both")
         return cls(None, None, base, 1.0, quality, output, trace)
 
+    @property
+    def needs_trace(self) -> bool:
+        """Whether it is a quality whose direction is to come from an earlier ``forward``."""
+        return self.quality is not None and self.trace is None and self.output is None
+
     def output_gradient(self, lora: MicroLoRA, x: Any, module: str) -> Any:
         """dL/dy, shaped like the delta of x (of ``from_gradient``: as given)."""
         if self.gradient is not None:

@@ -170,7 +170,7 @@ class TrainingPipeline:
             outcome, norm = self._accumulate(m, x, grad)
             why = _NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
         if rated:
-            m.baseline.update(feedback.quality)
+            lora._rate(feedback, module, m)
         if outcome != ops.APPLIED:
             return TrainStepResult(False, why, None, norm, False, None, False)
         loss = _loss(feedback, grad)

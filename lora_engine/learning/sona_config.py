@@ -29,15 +29,15 @@ class SonaConfig:
 
     instant_lr, max_grad_norm: of a request's step on its session's adapter.
     background_interval_ms, background_min_samples: ``maybe_background`` runs when this much
-    time has passed and this many samples wait. max_pending_samples: how many may wait; more
-    still change their session's adapter, and count for no merge.
+    time has passed and this many samples wait. max_pending_samples: how many rows may wait; a
+    call with more still changes its session's adapter, and counts for no merge.
     consolidation: "ewc_merge", "average", "quality_weighted", "best_only", "ensemble".
     ewc_lambda, ewc_gamma: the penalty (delta form) on leaving what is consolidated, 0 for none,
     and what is kept of the Fisher information at each consolidation; defaults of ``EWC``.
     deep_trigger_threshold: summed quality of applied samples that calls for a deep run;
     deep_lr, deep_epochs, deep_batch_size, quality_threshold: of that run; the first three are
     what lora_engine/evidence/adapters.py learns a task with.
-    held_out: every tenth sample, up to this many, is kept to judge a consolidation by.
+    held_out: one in ten samples of a module, the last so many, are kept to judge a merge by.
     ensemble_size: adapters that strategy keeps.
 
     Raises ValueError, TypeError.

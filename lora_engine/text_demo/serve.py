@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 from rich.console import Console
 from rich.progress import Progress
 
+from lora_engine.errors import StoreLocked
 from lora_engine.text_demo import reloaded, users
 from lora_engine.text_demo.encoder import Encoder
 from lora_engine.text_demo.session import Session
@@ -37,13 +38,17 @@ class _Refused(Exception):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a session's page and requests on 127.0.0.1. Raises OSError (the port is taken)."""
+    """Serves a session's page and requests on 127.0.0.1; ``session`` is set before it serves.
+    Raises OSError naming the port where it is taken."""
 
     daemon_threads = True
+    session: Session
 
-    def __init__(self, session: Session, port: int) -> None:
-        self.session = session
-        super().__init__(("127.0.0.1", port), _Handler)
+    def __init__(self, port: int) -> None:
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except OSError as error:
+            raise OSError(error.errno, f"port {port}: {error.strerror}") from None
         self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
 
     @property
@@ -157,23 +162,25 @@ def run(port: int, out: str | os.PathLike[str] = "demo_output", most: int | None
     if not 0 <= port < 65536:
         print(f"demo: serve: expected a port, got {port}", file=sys.stderr)
         return 2
-    folder = Path(out) / "served"
     encoder = Encoder()
+    try:
+        with (
+            reloaded.open_store(Path(out) / "served", encoder.width) as store,
+            Server(port) as server,  # what can be refused is, before the encoding
+        ):
+            server.session = Session(_encoded(encoder, most), encoder, store)
+            print(f"{server.url} (Ctrl-C ends it)", flush=True)
+            server.serve_forever()
+    except KeyboardInterrupt:
+        print("\nstopped; what was learned is kept", flush=True)
+    except (OSError, ValueError, StoreLocked) as error:  # the port, or the store
+        print(f"demo: serve: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _encoded(encoder: Encoder, most: int | None) -> users.World:
     passages, queries = users.text(most)
     with Progress(console=Console(), transient=True) as progress:
         task = progress.add_task("encode", total=len(passages) + len(queries))
-        world = users.encoded(encoder, most, lambda more: progress.advance(task, more))
-    with reloaded.open_store(folder, encoder.width) as store:
-        try:
-            server = Server(Session(world, encoder, store), port)
-        except OSError as error:
-            print(f"demo: serve: port {port}: {error}", file=sys.stderr)
-            return 2
-        print(f"{server.url} (Ctrl-C ends it)", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print("\nstopped; what was learned is kept", flush=True)
-        finally:
-            server.server_close()
-    return 0
+        return users.encoded(encoder, most, lambda more: progress.advance(task, more))

@@ -50,6 +50,21 @@ static void options(void) {
   newer.abi_version = LE_ABI_VERSION, newer.num_threads = -1;
   REFUSED(NULL, LE_ERROR_VALUE, "num_threads: expected 0 to 4096, got -1",
           le_context_create(&newer, &ctx));
+  le_context_options lends = LE_CONTEXT_OPTIONS;
+  le_host_threads threads = {NULL, 0, run};
+  le_allocator allocator = {NULL, allocate, NULL};
+  le_log log = {NULL, NULL};
+  lends.threads = &threads;
+  REFUSED(NULL, LE_ERROR_VALUE, "num_threads: expected 1 to 4096, got 0",
+          le_context_create(&lends, &ctx));
+  threads.num_threads = 4, threads.run = NULL;
+  REFUSED(NULL, LE_ERROR_VALUE, "threads.run: expected a pointer", le_context_create(&lends, &ctx));
+  lends.threads = NULL, lends.allocator = &allocator;
+  REFUSED(NULL, LE_ERROR_VALUE, "allocator.release", le_context_create(&lends, &ctx));
+  allocator.allocate = NULL, allocator.release = release;
+  REFUSED(NULL, LE_ERROR_VALUE, "allocator.allocate", le_context_create(&lends, &ctx));
+  lends.allocator = NULL, lends.log = &log;
+  REFUSED(NULL, LE_ERROR_VALUE, "log.write", le_context_create(&lends, &ctx));
   CHECK(ctx == (le_context *)&ctx);
   REFUSED(NULL, LE_ERROR_VALUE, "out: expected a pointer, got NULL", le_context_create(NULL, NULL));
   CHECK(le_context_create(NULL, &ctx) == LE_OK && le_get_num_threads(ctx) >= 1);

@@ -64,6 +64,14 @@ static le_status get(Fixture *f) {
   return le_pool_get(f->pool, 0, &f->F_A.c, &f->F_B.c, &f->scaling);
 }
 static le_status removed(Fixture *f) { return le_pool_remove(f->pool, 1); }
+static le_status removed_together(Fixture *f) { return le_pool_remove_all(f->pool, &f->slots.c); }
+static le_status view(Fixture *f) {
+  le_array a, bt;
+  le_view *seen = NULL;
+  le_status status = le_pool_view(f->pool, 0, &a, &bt, &seen);
+  le_view_release(seen);
+  return status;
+}
 static le_status forward(Fixture *f) {
   return le_pool_forward(f->pool, &f->x.c, &f->ids.c, NULL, 0, 0, &f->y.c);
 }
@@ -75,6 +83,10 @@ static le_status adapt(Fixture *f) {
 }
 static le_status adapt_slot(Fixture *f) {
   return le_pool_adapt_slot(f->pool, 0, &f->x.c, &f->grad.c, &f->step, &f->outcome, &f->number);
+}
+static le_status adapt_observed(Fixture *f) {
+  return le_pool_adapt_slot_observed(f->pool, 0, &f->x.c, &f->grad.c, &f->step, &f->u.c, &f->v.c,
+                                     &f->outcome, &f->number);
 }
 static le_status gradient(Fixture *f) {
   return le_pool_gradient(f->pool, 0, &f->x.c, &f->grad.c, NULL, &f->gradient.c, &f->outcome,
@@ -88,6 +100,11 @@ static le_status ewc_set(Fixture *f) { return le_ewc_set(f->ewc, 0, &f->F_A.c, &
 static le_status ewc_restore(Fixture *f) {
   return le_ewc_restore(f->ewc, 0, &f->F_A.c, &f->F_B.c, &f->star_A.c, &f->star_B.c);
 }
+static le_status ewc_get(Fixture *f) {
+  le_status status = ewc_set(f);
+  return status ? status : le_ewc_get(f->ewc, 0, &f->F_A.c, &f->F_B.c, &f->star_A.c, &f->star_B.c);
+}
+static le_status ewc_remove(Fixture *f) { return le_ewc_remove(f->ewc, 0); }
 static le_status penalty(Fixture *f) {
   le_status status = ewc_set(f);
   return status ? status : le_ewc_penalty(f->ewc, &f->number);
@@ -119,11 +136,12 @@ static le_status refused(Fixture *f) { /* an error that cannot be put in words e
 }
 
 static le_status (*const calls[])(Fixture *) = {
-    create,      create_pool, create_ewc, delta,       ewc_step,      fisher,
-    factors,     accumulate,  encode,     decode,      linear,        linear_backward,
-    add,         set_weights, get,        removed,     forward,       forward_slot,
-    adapt,       adapt_slot,  gradient,   apply,       shrink,        ewc_set,
-    ewc_restore, penalty,     held_back,  consolidate, export_import, refused};
+    create,  create_pool,  create_ewc,  delta,         ewc_step,         fisher,
+    factors, accumulate,   encode,      decode,        linear,           linear_backward,
+    add,     set_weights,  get,         removed,       removed_together, view,
+    forward, forward_slot, adapt,       adapt_slot,    adapt_observed,   gradient,
+    apply,   shrink,       ewc_set,     ewc_restore,   ewc_get,          ewc_remove,
+    penalty, held_back,    consolidate, export_import, refused};
 enum { CALLS = sizeof calls / sizeof *calls };
 
 /* On a thread that knows nothing of the engine yet, and takes its work buffers along. */
@@ -162,13 +180,32 @@ static int on_a_thread(int call, long nth) {
 }
 
 static void out_of_memory(void) {
-  for (int i = 0; i < 130; ++i) on_a_thread(i % CALLS, 1L << 40); /* handles wait to be reissued */
+  for (int i = 0; i < 70 * CALLS; ++i) on_a_thread(i % CALLS, 1L << 40); /* handles are reissued */
   for (int call = 0; call < CALLS; ++call) {
     long before = malloc_live(), nth = 1;
     while (on_a_thread(call, nth)) ++nth;
     CHECK(malloc_live() == before);
     if (malloc_live() != before) printf("call %d keeps %ld\n", call, malloc_live() - before);
   }
+}
+
+/* In steady state nothing is allocated where a host serves and teaches. */
+static void steady(void) {
+  static le_status (*const served[])(Fixture *) = {
+      delta,      forward,        forward_slot, shrink, linear,   linear_backward, decode, adapt,
+      adapt_slot, adapt_observed, gradient,     apply,  ewc_step, accumulate,      encode, factors};
+  Fixture f;
+  fixture(&f);
+  for (size_t i = 0; i < sizeof served / sizeof *served; ++i) {
+    long before = 0;
+    for (int call = 0; call < 20; ++call) {
+      if (call == 4) before = malloc_total(); /* the history's two blocks are there */
+      CHECK(served[i](&f) == LE_OK);
+    }
+    CHECK(malloc_total() == before);
+    if (malloc_total() != before) printf("call %d allocates\n", (int)i);
+  }
+  fixture_done(&f);
 }
 
 static long resident(void) {
@@ -210,6 +247,7 @@ static void does_not_grow(long times) {
 int main(int argc, char **argv) {
   out_of_memory();
   printf("%d calls: %ld allocations failed, %ld of them did without\n", CALLS, injected, survived);
+  steady();
   does_not_grow(argc > 1 ? atol(argv[1]) : 1000000);
   printf("%ld checks, %ld failed\n", checks, failures);
   return failures != 0 || injected < 100;

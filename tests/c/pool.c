@@ -168,12 +168,18 @@ static void viewed(le_context *ctx) {
     for (int k = 0; k < in; ++k) CHECK(((float *)a.data)[r * a.strides[0] + k] == at(&A, r, k));
     for (int o = 0; o < out; ++o) CHECK(((float *)bt.data)[r * bt.strides[0] + o] == at(&B, o, r));
   }
+  le_array none = {0};
+  CHECK(le_pool_get(pool, slot, &A2.c, &none, &scaling) == LE_OK);
+  CHECK(le_pool_get(pool, slot, &none, &B2.c, &scaling) == LE_OK); /* each alone */
+  CHECK(same(&A, &A2) && same(&B, &B2));
   ((float *)a.data)[3] = 42;
   CHECK(le_pool_get(pool, slot, &A2.c, &B2.c, &scaling) == LE_OK && at(&A2, 0, 3) == 42);
   CHECK(le_pool_remove(pool, slot) == LE_OK && ((float *)a.data)[3] == 0);
   le_view_release(second);
+  le_view_release(second); /* again: nothing */
   le_pool_destroy(pool);
   CHECK(((float *)a.data)[3] == 0); /* still there */
+  le_view_release(view);
   le_view_release(view);
   le_view_release(NULL);
   array_free(&A), array_free(&B), array_free(&A2), array_free(&B2);

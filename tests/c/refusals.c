@@ -347,11 +347,87 @@ static void wrong(Fixture *f) {
   CHECK(fixture_state(f) == before);
 }
 
+/* Memory that cannot be: addresses, strides and shapes that no array has, outputs that overlap. */
+static void memory(Fixture *f) {
+  uint64_t before = fixture_state(f);
+  int32_t dtypes[] = {LE_FLOAT32, LE_BFLOAT16, LE_FLOAT16};
+  const int64_t most = INT64_MAX, least = INT64_MIN;
+  le_array bad, rows = f->y.c, none = {0};
+  for (int i = 0; i < 3; ++i) {
+    bad = f->x.c, bad.data = (char *)bad.data + 1, bad.dtype = dtypes[i];
+    REFUSED(f->ctx, LE_ERROR_VALUE, i ? "address that 2 divides" : "address that 4 divides",
+            le_pool_forward_slot(f->pool, 0, &bad, 0, 0, &f->y.c));
+  }
+  bad = f->ids.c, bad.data = (char *)bad.data + 2;
+  REFUSED(f->ctx, LE_ERROR_VALUE, "ids: expected int32 at an address",
+          le_pool_forward(f->pool, &f->x.c, &bad, NULL, 0, 0, &f->y.c));
+  bad = f->F_A.c, bad.data = (char *)bad.data + 4, bad.dtype = LE_FLOAT64;
+  if ((uintptr_t)bad.data % 8 == 4)
+    REFUSED(f->ctx, LE_ERROR_VALUE, "F_A: expected float64 at an address that 8 divides",
+            le_lora_fisher(f->ctx, &f->x.c, &f->grad.c, &f->A.c, &f->B.c, 1, &none, 0, &bad,
+                           &f->F_B.c));
+  const int64_t strides[] = {most, least, most / 4, INT64_C(1) << 48};
+  for (int i = 0; i < 4; ++i) {
+    bad = f->x.c, bad.strides[i % 2] = strides[i];
+    REFUSED(f->ctx, LE_ERROR_VALUE, "that fit in memory",
+            le_pool_forward_slot(f->pool, 0, &bad, 0, 0, &f->y.c));
+  }
+  bad = f->x.c, bad.strides[0] = 0, bad.shape[0] = rows.shape[0] = INT64_C(1) << 60;
+  REFUSED(f->ctx, LE_ERROR_VALUE, "that fit in memory",
+          le_pool_forward_slot(f->pool, 0, &bad, 0, 0, &rows));
+  le_array A = f->A.c, B = f->B.c;
+  A.strides[0] = B.strides[1] = 0;
+  for (int e = 17; e < 63; e += 5) { /* ranks, of rows that lie one on another */
+    const char *words = e < 45 ? "rank of at most 65536" : "that fit in memory";
+    int32_t slot;
+    A.shape[0] = B.shape[1] = INT64_C(1) << e;
+    REFUSED(f->ctx, LE_ERROR_VALUE, words, le_lora_delta(f->ctx, &f->x.c, &A, &B, 1, 0, &f->y.c));
+    REFUSED(f->ctx, LE_ERROR_VALUE, words, le_pool_add(f->pool, &A, &B, 1, &slot));
+    REFUSED(f->ctx, LE_ERROR_VALUE, words,
+            le_lora_fisher(f->ctx, &f->x.c, &f->grad.c, &A, &B, 1, &none, 0, &f->F_A.c, &f->F_B.c));
+  }
+  /* A single row or column may have any stride. */
+  bad = f->x.c, rows = f->y.c, bad.shape[0] = rows.shape[0] = 1, bad.strides[0] = least;
+  Array one = copy_of(&f->y);
+  rows.data = one.c.data;
+  CHECK(le_pool_forward_slot(f->pool, 0, &bad, 0, 0, &rows) == LE_OK);
+  array_free(&one);
+
+  Array wide = array(LE_FLOAT32, rank + out, in);
+  le_array a = {wide.c.data, {rank, in}, {in, 1}, 2, LE_FLOAT32, 0};
+  le_array b = {(float *)wide.c.data + in, {out, rank}, {rank, 1}, 2, LE_FLOAT32, 0};
+  Array kept = copy_of(&wide);
+  REFUSED(f->ctx, LE_ERROR_VALUE, "B: expected memory of its own, got memory shared with A",
+          le_pool_get(f->pool, 0, &a, &b, &f->scaling));
+  CHECK(same(&wide, &kept));
+  CHECK(le_ewc_set(f->ewc, 0, &f->F_A.c, &f->F_B.c) == LE_OK);
+  REFUSED(f->ctx, LE_ERROR_VALUE, "memory shared with fisher_A",
+          le_ewc_get(f->ewc, 0, &a, &b, &none, &none));
+  REFUSED(f->ctx, LE_ERROR_VALUE, "memory shared with fisher_B",
+          le_ewc_get(f->ewc, 0, &none, &b, &a, &none));
+  CHECK(same(&wide, &kept));
+  array_free(&wide), array_free(&kept);
+  bad = f->h.c, bad.data = f->gradient.c.data;
+  REFUSED(f->ctx, LE_ERROR_VALUE, "memory shared with h",
+          le_pool_gradient(f->pool, 0, &f->x.c, &f->grad.c, &bad, &f->gradient.c, &f->outcome,
+                           &f->number));
+  REFUSED(f->ctx, LE_ERROR_VALUE, "packed: expected memory of its own, got memory shared with W",
+          le_nf4_encode(f->ctx, &f->W.c, 64, f->W.c.data, f->absmax));
+  REFUSED(f->ctx, LE_ERROR_VALUE, "absmax: expected memory of its own, got memory shared with W",
+          le_nf4_encode(f->ctx, &f->W.c, 64, f->packed, f->W.c.data));
+  REFUSED(f->ctx, LE_ERROR_VALUE, "shared with packed",
+          le_nf4_encode(f->ctx, &f->W.c, 64, (uint8_t *)f->absmax, f->absmax));
+  REFUSED(f->ctx, LE_ERROR_VALUE, "absmax: expected scales at addresses that 4 divides",
+          le_nf4_encode(f->ctx, &f->W.c, 64, f->packed, (float *)(void *)((char *)f->absmax + 1)));
+  CHECK(fixture_state(f) == before);
+}
+
 void test_refusals(void) {
   Fixture f;
   fixture(&f);
   nulls(&f);
   wrong(&f);
+  memory(&f);
   destroyed(&f);
   fixture_done(&f);
 }

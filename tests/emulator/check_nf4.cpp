@@ -146,7 +146,7 @@ void nf4_linear(Group &g) {
   for (auto [rows, cols] : kShapes)
     for (int32_t pool_dtype : kDtypes) {
       Pool pool(g, pool_dtype, cols, rows);
-      for (int64_t n : {1, 2, 3, 4, 8, 16, 17, 40})
+      for (int64_t n : {1, 2, 3, 4, 16, 17, 19})
         for (int32_t dtype : kDtypes)
           for (int32_t compute : {-1, int32_t{LE_FLOAT32}, int32_t{LE_BFLOAT16}}) {
             if (pool_dtype != kDtypes[(n + dtype + compute + 1) % 3]) continue;

@@ -17,7 +17,8 @@ def delta_lora(W: Any, before: Any, after: Any, ratio: float = 1.0) -> None:
     after: (A [r, in], B [out, r], scaling), as ``AdapterPool.get`` and ``MicroLoRA.weights``
     give them around a step; ranks may differ. The adapter's delta stays on top of W, as in the
     paper, so the model's output moves by (1 + ratio) times the delta's change. Written in blocks
-    of rows. Raises ValueError (shapes, a ratio that is not finite), TypeError (dtype).
+    of rows. Raises ValueError (shapes; NaN or Inf in ratio, before or after), TypeError (dtype);
+    then W is as it was.
     """
     numpy = isinstance(W, np.ndarray)
     if not numpy and not getattr(W, "is_floating_point", lambda: False)():
@@ -34,6 +35,9 @@ def delta_lora(W: Any, before: Any, after: Any, ratio: float = 1.0) -> None:
                 f"delta_lora: {name}: expected A [r, in] and B [out, r] of W {tuple(W.shape)},"
                 f" got {tuple(A.shape)} and {tuple(B.shape)}"
             )
+    for name, w in (("before", before), ("after", after)):
+        if not (np.isfinite(w[0]).all() and np.isfinite(w[1]).all() and np.isfinite(w[2])):
+            raise ValueError(f"delta_lora: {name}: expected finite numbers, got NaN or Inf")
     A = np.concatenate([after[0], before[0]]).astype(np.float32)
     scales = np.float32(ratio * after[2]), np.float32(-ratio * before[2])
     B = np.concatenate([scales[0] * after[1], scales[1] * before[1]], axis=1).astype(np.float32)

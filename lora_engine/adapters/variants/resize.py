@@ -93,10 +93,13 @@ def resize_rank(
     balanced; ``errors`` says what it lost. The scaling stays, so alpha follows the rank. A new
     MicroLoRA starts with no step counts, baselines or gradients that wait.
 
-    Raises ValueError (neither or both of rank and tolerance, ranges, shapes), TypeError.
+    Raises ValueError (neither or both of rank and tolerance, rank with max_rank, ranges,
+    shapes), TypeError.
     """
     if (rank is None) == (tolerance is None):
         raise ValueError("resize_rank: expected one of rank and tolerance, got both or neither")
+    if rank is not None and max_rank is not None:
+        raise ValueError("resize_rank: max_rank: expected none with rank, as tolerance's limit")
     for name, value in (("rank", rank), ("max_rank", max_rank)):
         if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
             raise ValueError(f"resize_rank: {name}: expected at least 1, got {value!r}")
