@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers_attach import logits, new_model, tokens
+from helpers_attach import Flat, logits, new_model, tokens
 
 import lora_engine as le
 from lora_engine.adapters.adapter import Adapter, LoraWeights
@@ -194,14 +194,6 @@ def test_names_are_checked_before_anything_ran(model):
 
 
 def test_a_layer_that_sees_another_number_of_elements_says_so():
-    class Flat(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj = torch.nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.proj(x.reshape(-1, 4))
-
     model = Flat()
     le.attach(model, {"a": Adapter({"proj": weights(4, 4)})})
     with pytest.raises(ValueError, match="each of the 6 elements that come to proj, got 2"):

@@ -7,6 +7,7 @@ A kind of base layer is a subclass of AttachedLayer in KINDS.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, NamedTuple
 
@@ -131,7 +132,7 @@ class AttachedLinear(AttachedLayer):
         """What is added from each pool that the rows name a slot of."""
         state, found = self._lora, []
         batch = x.shape[0] if x.ndim > 1 else 1
-        per = x.numel() // max(x.shape[-1] * batch, 1)
+        per = math.prod(x.shape[1:-1])
         for placement in state.placements.values():
             ids, weights = rows.spread(placement, state.path, batch, per)
             if ids is not None:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves
 
+from lora_engine.attached.spread import runs_of, spread_out, traced
+
 if TYPE_CHECKING:
     from lora_engine.attached.placement import Placed, Placement
 
@@ -63,8 +65,8 @@ class Rows:
     It holds what it names: an adapter that is replaced or removed meanwhile keeps its slots
     until the last forward, or backward, pass that began with it is done. any: not the base alone.
 
-    numbers int32 [count, k], 0 for none; weights float32 like numbers, None for ones. uniform:
-    one row stands for a batch of any size.
+    numbers int32 [count, k], 0 for none; weights float32 like numbers, None for ones; traced: the
+    same for a compiled graph. uniform: one row stands for a batch of any size.
     """
 
     def __init__(
@@ -90,8 +92,10 @@ class Rows:
                 if placed not in by_torch:
                     slots[i][j], weights[i][j] = placed.number, weight
         plain = all(w == 1.0 for row in weights for w in row)
-        self.numbers = torch.tensor(slots, dtype=torch.int32, device=device)
-        self.weights = None if plain else torch.tensor(weights, device=device)
+        self.traced = traced(slots, weights, uniform, repeat, device)
+        numbers, factors = (t[: len(slots), :width].contiguous() for t in self.traced[:2])
+        self.numbers = numbers
+        self.weights = None if plain else factors
         self.in_pools = frozenset(p.number for p in named if p not in by_torch)
         parts = []
         for placed, (at, with_) in named.items():
@@ -111,15 +115,9 @@ class Rows:
 
     def runs(self, path: str, batch: int) -> int:
         """How many elements of x in a row belong to one row here."""
-        count = self.numbers.shape[0]
-        if self.uniform or batch == count:
+        if self.uniform:
             return 1
-        if batch == count * self.repeat:
-            return self.repeat
-        raise ValueError(
-            f"adapter_names: expected one for each of the {batch} elements that come to"
-            f" {path or 'the model'}, got {count}"
-        )
+        return runs_of(self.numbers.shape[0], self.repeat, batch, path or "the model")
 
     def spread(
         self, placement: Placement, path: str, batch: int, per: int
@@ -129,7 +127,9 @@ class Rows:
         ids is None where no row names an adapter of this layer.
         """
         if torch.compiler.is_compiling():
-            return self._spread_out(placement, path, batch, per)
+            rows = (tensor.to(placement.table.device) for tensor in self.traced)
+            ids, weights = torch.ops.lora_engine.spread_rows(placement.table, *rows, batch, per)
+            return ids, weights
         kept = self._spread.get(placement)
         if kept is not None and kept[0] == batch and kept[1] == per:
             return kept[2], kept[3]
@@ -137,26 +137,19 @@ class Rows:
             found: tuple[Tensor | None, Tensor | None] = (None, None)
         else:
             with torch.inference_mode(False):  # it is kept for calls outside that mode too
-                found = self._spread_out(placement, path, batch, per)
+                found = self._spread_over(placement.table, path, batch, per)
         self._spread[placement] = (batch, per, *found)
         return found
 
-    def _spread_out(
-        self, placement: Placement, path: str, batch: int, per: int
+    def _spread_over(
+        self, table: Tensor, path: str, batch: int, per: int
     ) -> tuple[Tensor, Tensor | None]:
-        count, width = self.numbers.shape
-        n = batch if self.uniform else count
-        per = per * self.runs(path, batch)
-        ids = (
-            placement.table[self.numbers.to(placement.table.device)]
-            .view(count, 1, width)
-            .expand(n, per, width)
-        )
-        weights = self.weights
-        if weights is not None:
-            weights = weights.view(count, 1, width).expand(ids.shape).reshape(-1, width)
-        ids = ids.reshape(-1, width)
-        return (ids.view(-1), None) if width == 1 and weights is None else (ids, weights)
+        numbers = self.numbers.to(table.device)
+        weights = None if self.weights is None else self.weights.to(table.device)
+        elements = batch if self.uniform else len(numbers)
+        per *= self.runs(path, batch)
+        ids, weights = spread_out(table, numbers, weights, elements, per)
+        return (ids.view(-1), None) if ids.shape[1] == 1 and weights is None else (ids, weights)
 
     def elements(self, part: Part, path: str, batch: int) -> Tensor | None:
         """The batch's elements that name a part; None for all."""
@@ -222,7 +215,9 @@ class Calls(NotCopied):
                     value.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _begin(self, rows: Rows, grad: Tensor) -> None:
-        self._passes.append((torch._C._current_graph_task_id(), weakref.ref(rows)))
+        entry = torch._C._current_graph_task_id(), weakref.ref(rows)
+        if entry not in self._passes:
+            self._passes.append(entry)
 
     def _of_backward(self) -> Any:
         """The rows of the call whose backward pass runs here, False for none."""
