@@ -202,7 +202,7 @@ def _gain(m: Module, before: Served, after: Served) -> float:
     stranger: Hashable = object()
     losses = []
     for served in (before, after):
-        gap = m.mixture(served, x, [stranger] * len(x), None) - target
+        gap = m.forward_by(served, x, stranger, None) - target
         losses.append(float(np.einsum("ij,ij->", gap, gap, dtype=np.float64)) / (2 * len(x)))
     return losses[0] - losses[1]
 

@@ -65,8 +65,8 @@ class Served(NamedTuple):
 
     def slots(self) -> list[int]:
         """All of them."""
-        own = (fast.slot for adapters in (self.fast, self.frozen) for fast in adapters.values())
-        return [*self.shared(), *own]
+        own = [*self.fast.values(), *self.frozen.values()]
+        return [*self.shared(), *[fast.slot for fast in own]]
 
     def slots_of(self, session: Hashable) -> list[int]:
         """Of what a session's rows add up, without the members."""
@@ -117,7 +117,10 @@ class Module:
     # ---- serving ----
 
     def forward(self, x: Any, session: Hashable, out: Any) -> Any:
-        served = self.served
+        return self.forward_by(self.served, x, session, out)
+
+    def forward_by(self, served: Served, x: Any, session: Hashable, out: Any) -> Any:
+        """What a session is served, or would be."""
         slots = served.slots_of(session)
         if not served.members:
             if len(slots) == 1:
@@ -125,12 +128,12 @@ class Module:
             if isinstance(x, np.ndarray):
                 ids = np.array([slots] * _rows(x), np.int32)
                 return self.storage.forward(x, ids, None, out, False)
-        return self.mixture(served, x, [session] * _rows(x), out)
+        return self._mixture(served, x, [session] * _rows(x), out)
 
     def forward_rows(self, x: Any, sessions: Iterable[Hashable], out: Any) -> Any:
-        return self.mixture(self.served, x, list(sessions), out)
+        return self._mixture(self.served, x, list(sessions), out)
 
-    def mixture(self, served: Served, x: Any, sessions: list[Hashable], out: Any) -> Any:
+    def _mixture(self, served: Served, x: Any, sessions: list[Hashable], out: Any) -> Any:
         """What the sessions, one a row, are served."""
         if len(sessions) != _rows(x):
             raise ValueError(
