@@ -205,6 +205,16 @@ Rows checked_sums(const char *op, const char *arg, const le_array *array, const 
   return rows;
 }
 
+// Whether float32 sums of very many such samples are finite.
+bool can_be_summed(const Kernels &k, const Rows &samples, Scratch<float> &copy) {
+  constexpr double kLargest = 1e30;
+  float *row = copy.get(samples.width);
+  double squares = 0;
+  for (int64_t i = 0; i < samples.n; ++i)
+    squares += norm_squared(k, float_row(k, samples, i, row), samples.width);
+  return squares <= kLargest;
+}
+
 void add_squares(const Kernels &k, const Rows &samples, char *sums, Scratch<float> &copy) {
   float *row = copy.get(samples.width);
   for (int64_t i = 0; i < samples.n; ++i)
@@ -278,8 +288,14 @@ void pool_adapt_slot(AdapterPool &pool, int32_t id, const le_array *x, const le_
   Outcome result;
   if (samples.count) result = adapt_slot(kernels(), pool, id, held.slot, samples, step, ewc);
   if (result.what == LE_APPLIED && sums.u) {
-    add_squares(kernels(), samples.grad, u.row(id), buffers().grad);
-    add_squares(kernels(), samples.x, v.row(id), buffers().x);
+    const Kernels &k = kernels();
+    if (can_be_summed(k, samples.grad, buffers().grad) &&
+        can_be_summed(k, samples.x, buffers().x)) {
+      add_squares(k, samples.grad, u.row(id), buffers().grad);
+      add_squares(k, samples.x, v.row(id), buffers().x);
+    } else {
+      result.what = LE_NOT_OBSERVED;
+    }
   }
   *outcome = static_cast<uint8_t>(result.what);
   *grad_norm = result.grad_norm;

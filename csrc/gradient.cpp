@@ -10,16 +10,6 @@ namespace {
 // summation of an adapter's rows.
 constexpr int64_t kChunkRows = 64;
 
-double norm_squared(const Kernels &k, const float *v, int64_t n) {
-  const void *self = v;
-  float sum;
-  k.shrink[LE_FLOAT32](1, &v, 1, &self, n, 1, &sum, 1);
-  if (std::isfinite(sum)) return sum;
-  double wide = 0;  // beyond float32's range squared, or not finite indeed
-  for (int64_t i = 0; i < n; ++i) wide += double(v[i]) * double(v[i]);
-  return wide;
-}
-
 // to [count, rank] = the dot products of the inputs with rows of weights.
 void dots(const Kernels &k, int32_t dtype, const float *const *inputs, int64_t count,
           const char *weights, int64_t length, int64_t rank, float *to, GradientBuffers &b) {
@@ -68,6 +58,16 @@ const float **sample_rows(const Kernels &k, const Rows &from, const Samples &sam
 }
 
 }  // namespace
+
+double norm_squared(const Kernels &k, const float *v, int64_t n) {
+  const void *self = v;
+  float sum;
+  k.shrink[LE_FLOAT32](1, &v, 1, &self, n, 1, &sum, 1);
+  if (std::isfinite(sum)) return sum;
+  double wide = 0;  // beyond float32's range squared, or not finite indeed
+  for (int64_t i = 0; i < n; ++i) wide += double(v[i]) * double(v[i]);
+  return wide;
+}
 
 const GradientRow *one_sample(const Kernels &k, const AdapterPool &pool, const Block &block,
                               const Samples &samples, GradientBuffers &b) {

@@ -32,6 +32,8 @@ struct Samples {
   const Rows *h = nullptr;  // A x where the caller kept it
 };
 
+double norm_squared(const Kernels &k, const float *v, int64_t n);
+
 // visit(row number, is_a, slice, rank index) for each row of weights, in
 // storage order.
 template <class Visit>

@@ -25,6 +25,10 @@ def attach(model: torch.nn.Module, adapters: Mapping[str, Source]) -> Attached:
     names uses what ``set_adapter`` chose, at first the first adapter, as with PEFT. The model
     stays the object that it was, with its modules and its state_dict; ``detach`` ends it.
 
+    modules_to_save (weights and biases of linear layers, LayerNorm and nn.Embedding) serve the
+    rows that name their adapter instead of the model's own; in a mixture w times the difference
+    of the two outputs is added. The shape must be the model's: a head of other labels is refused.
+
     Weights are kept in the dtype that the adapter says (``Adapter.dtype``; float32 of a
     MicroLoRA), whatever the model's. Calls from several threads, each with names of its own, do
     not meet.

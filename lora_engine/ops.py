@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from lora_engine.learning.ewc import EWC
     from lora_engine.quant.nf4 import NF4Tensor
 
-NO_ADAPTER, APPLIED, NOT_FINITE = 0, 1, 2  # le_outcome of lora_engine.h
+NO_ADAPTER, APPLIED, NOT_FINITE, NOT_OBSERVED = 0, 1, 2, 3  # le_outcome of lora_engine.h
 NOTES = {
     NO_ADAPTER: "no adapter was named: nothing was learned",
     APPLIED: "",
     NOT_FINITE: "the gradient or the step holds NaN or Inf: the adapter is untouched",
 }
+
+
+NO_ROWS = "x has no rows: nothing was learned"
 
 
 class BatchedAdaptResult(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from helpers_models import configuration
 from peft import LoraConfig, get_peft_model
 
 from lora_engine.adapters.adapter import Adapter, LoraWeights
@@ -23,26 +24,12 @@ TARGETS = {
 def new_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A tiny model in eval mode: causal LM of Llama or GPT-2, classifier of BERT."""
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "initializer_range": 0.3}
-    if kind == "llama":
-        config: Any = transformers.LlamaConfig(
-            hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, **sizes,
-        )  # fmt: skip
-        model: Any = transformers.LlamaForCausalLM(config)
-    elif kind == "gpt2":
-        config = transformers.GPT2Config(
-            n_embd=WIDTH, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, **sizes,
-        )  # fmt: skip
-        model = transformers.GPT2LMHeadModel(config)
-    else:
-        config = transformers.BertConfig(
-            hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=32, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0, **sizes,
-        )  # fmt: skip
-        model = transformers.BertForSequenceClassification(config)
+    config = configuration(kind, VOCABULARY, WIDTH, 24, heads=2, positions=32, spread=0.3)
+    made: Any = {
+        "llama": transformers.LlamaForCausalLM, "gpt2": transformers.GPT2LMHeadModel,
+        "bert": transformers.BertForSequenceClassification,
+    }[kind]  # fmt: skip
+    model = made(config)
     return model.to(dtype).eval()
 
 

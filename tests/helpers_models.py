@@ -18,29 +18,38 @@ VOCAB = 97
 TINY = ("llama", "gpt2", "bert")
 
 
+def configuration(
+    kind: str, vocabulary: int, width: int, inner: int, heads: int, positions: int, spread: float
+) -> Any:
+    """Of a model of two layers: "llama" (half as many key and value heads), "gpt2", "bert".
+    spread: of the drawn weights."""
+    shared = {"vocab_size": vocabulary, "pad_token_id": 0, "initializer_range": spread}
+    if kind == "llama":
+        return transformers.LlamaConfig(
+            hidden_size=width, intermediate_size=inner, num_hidden_layers=2,
+            num_attention_heads=heads, num_key_value_heads=heads // 2,
+            max_position_embeddings=positions, bos_token_id=1, eos_token_id=2, **shared,
+        )  # fmt: skip
+    if kind == "gpt2":
+        return transformers.GPT2Config(
+            n_embd=width, n_layer=2, n_head=heads, n_positions=positions, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, **shared,
+        )  # fmt: skip
+    return transformers.BertConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=2,
+        num_attention_heads=heads, max_position_embeddings=positions, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, **shared,
+    )  # fmt: skip
+
+
 def tiny(kind: str, dtype: str = "float32", seed: int = 0) -> Any:
     """A model of two layers, 64 wide, in eval mode: "llama" (k and v narrower), "gpt2" (Conv1D,
     head tied to the embedding), "bert" (biases, pooler)."""
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.1}
-    if kind == "llama":
-        config = transformers.LlamaConfig(
-            vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **special,
-        )  # fmt: skip
-        made = transformers.LlamaForCausalLM
-    elif kind == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=64,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **special,
-        )  # fmt: skip
-        made = transformers.GPT2LMHeadModel
-    else:
-        config = transformers.BertConfig(
-            vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=64, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0, pad_token_id=0, initializer_range=0.1,
-        )  # fmt: skip
-        made = transformers.BertModel
+    config = configuration(kind, VOCAB, 64, 128, heads=4, positions=64, spread=0.1)
+    made = {
+        "llama": transformers.LlamaForCausalLM, "gpt2": transformers.GPT2LMHeadModel,
+        "bert": transformers.BertModel,
+    }[kind]  # fmt: skip
     torch.manual_seed(seed)
     model = made(config)
     with torch.no_grad():

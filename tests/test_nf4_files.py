@@ -262,12 +262,14 @@ import os, random, signal, sys, time
 import numpy as np
 import lora_engine as le
 
-file, rounds = sys.argv[1], int(sys.argv[2])
+file, rounds, patience = sys.argv[1], int(sys.argv[2]), time.monotonic() + 100
 pair = [le.nf4_quantize(np.full((n, 300), n, "f4")) for n in (100, 333)]
 pair[0].save(file, "rest")
 pair[0].save(file, "w")
-rng, cut, seen = random.Random(0), 0, set()
-for _ in range(rounds):
+rng, killed, cut, seen = random.Random(0), 0, 0, set()
+# On a busy machine few children come to save in their time: more of them, then.
+while killed < rounds or ((cut < 5 or len(seen) < 2) and time.monotonic() < patience):
+    killed += 1
     child = os.fork()
     if not child:
         while True:
@@ -288,7 +290,7 @@ print(cut, len(seen))
 
 
 def test_kill_leaves_one_file_or_the_other(backend, tmp_path):
-    """A child that saves two matrices in turn is killed at 30 moments."""
+    """A child that saves two matrices in turn is killed at 30 moments or more."""
     file = str(tmp_path / "model.safetensors")
     ran = run_python("-c", KILL, file, "30", LORA_ENGINE_BACKEND=backend)
     assert ran.returncode == 0, ran.stderr

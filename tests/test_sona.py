@@ -11,6 +11,7 @@ from helpers import bits, f64
 from helpers_sona import IN, OUT, config, module, row, served, taught
 
 import lora_engine as le
+from lora_engine.learning import sona_module
 
 
 def test_a_fresh_sona_adds_nothing():
@@ -49,6 +50,24 @@ def test_rows_of_several_sessions_in_one_call():
     assert torch.equal(
         sona.forward(torch.from_numpy(x), session=[1, 2, "nobody", 0]), torch.from_numpy(out)
     )
+
+
+@pytest.mark.parametrize(("dtype", "count"), [("bfloat16", 300), ("float16", 2100)])
+def test_slot_ids_beyond_what_the_dtype_of_x_counts_to(dtype, count):
+    """Of many sessions, two learned toward two sides: each is served its own, in one mixture."""
+    micro = le.MicroLoRAConfig(2, 2, rank=1, target_modules=("q",))
+    sona = le.Sona(config(micro_lora=micro, instant_lr=1.0, max_pending_samples=10_000))
+    x, up = np.ones(2, np.float32), np.ones(2, np.float32)
+    for session in range(count):
+        sign = 1.0 if session % 2 else -1.0
+        sona.instant_adapt(x, le.Feedback.from_gradient(sign * up), session=session)
+    last = list(range(count - 40, count))
+    want = sona.forward(np.ones((40, 2), np.float32), session=last)
+    assert (want[::2] * want[1::2] < 0).all()
+    rows = torch.ones(40, 2, dtype=getattr(torch, dtype))
+    alone = torch.stack([sona.forward(rows[0], session=session) for session in last])
+    for got in (alone, sona.forward(rows, session=last)):
+        np.testing.assert_allclose(f64(got), want, rtol=0.02)
 
 
 def test_feedback_changes_its_session_alone():
@@ -140,6 +159,7 @@ def test_statistics_and_logs(caplog):
     sona = le.Sona(config())
     with caplog.at_level(logging.DEBUG, logger="lora_engine.learning"):
         taught(sona, sessions=2, samples=5)
+        module(sona).held_out.clear()  # too few to judge by
         sona.instant_adapt(row(0), le.Feedback.from_quality(0.5))
         sona.instant_adapt(np.full(IN, np.nan, np.float32), le.Feedback.from_gradient(row(1, OUT)))
         sona.background()
@@ -172,6 +192,7 @@ def test_refused_before_anything_changes():
     sona = le.Sona(config())
     taught(sona)
     before, stats = served(sona, 0), sona.stats()._replace(engine=None)
+    adapters = len(module(sona).pool)
     x, g = row(0), le.Feedback.from_gradient(row(0, OUT))
     for call, kind, text in (
         (lambda: sona.instant_adapt(x, g, session=0, quality=1.5), ValueError, "quality: expected"),
@@ -179,7 +200,9 @@ def test_refused_before_anything_changes():
         (lambda: sona.instant_adapt(x, "good", session=0), TypeError, "expected a Feedback"),
         (lambda: sona.instant_adapt(row(0, 5), g, session=0), ValueError, "x: expected"),
         (lambda: sona.instant_adapt(x, g, module="v"), ValueError, "module: expected one of q"),
+        (lambda: sona.instant_adapt(row(0, 5), g, session="new"), ValueError, "x: expected"),
         (lambda: sona.forward(row(0, n=2), session=[1]), ValueError, "expected one for each"),
+        (lambda: sona.forward(x.tolist(), session=0), TypeError, "x: expected a NumPy array"),
         (lambda: sona.forward(x, explore=-1.0), ValueError, "explore: expected"),
         (lambda: sona.deep_optimize([x]), TypeError, "expected a TrainingSample"),
         (lambda: sona.deep_optimize([le.TrainingSample(x, row(0, OUT), 2.0)]), ValueError,
@@ -193,6 +216,42 @@ def test_refused_before_anything_changes():
             call()
     assert np.array_equal(served(sona, 0), before)
     assert sona.stats()._replace(engine=None) == stats
+    assert len(module(sona).pool) == adapters
+
+
+def test_sessions_that_learned_nothing_hold_no_adapter():
+    sona = le.Sona(config())
+    taught(sona, sessions=1, samples=1)
+    nan = np.full(IN, np.nan, np.float32)
+    for i in range(5):
+        for x, feedback in (
+            (row(0), le.Feedback.from_quality(0.7)),
+            (nan, le.Feedback.from_gradient(row(0, OUT))),
+            (row(0, n=3)[:0], le.Feedback.from_gradient(row(0, OUT, n=3)[:0])),
+        ):
+            assert not sona.instant_adapt(x, feedback, session=f"new {i}").applied
+    assert len(module(sona).pool) == 2
+    assert list(module(sona).served.fast) == [0]
+
+
+def test_a_refused_call_keeps_the_trace():
+    sona, x = le.Sona(config()), row(0)
+    sona.instant_adapt(x, le.Feedback.from_quality(0.5))
+    sona.forward(x, explore=0.1)
+    with pytest.raises(ValueError, match="q: expected 1 or 1 numbers"):
+        sona.instant_adapt(x, le.Feedback.from_quality([0.1, 0.2]))
+    with pytest.raises(ValueError, match="x: expected"):
+        sona.instant_adapt(x[:5], le.Feedback.from_quality(0.9))
+    assert sona.instant_adapt(x, le.Feedback.from_quality(0.9)).applied
+    assert not sona.instant_adapt(x, le.Feedback.from_quality(0.9)).applied
+
+
+def test_baselines_are_those_of_the_sessions_rated_last(monkeypatch):
+    monkeypatch.setattr(sona_module, "BASELINES", 3)
+    sona = le.Sona(config())
+    for session in (0, 1, 2, 0, 3):
+        sona.instant_adapt(row(0), le.Feedback.from_quality(0.5), session=session)
+    assert list(module(sona).baselines) == [2, 0, 3]
 
 
 @pytest.mark.parametrize(
@@ -221,5 +280,8 @@ def test_presets_are_the_guides():
     assert [p.max_pending_samples for p in presets.values()] == [1000, 1000, 1000, 100]
     base = presets["balanced"].ewc_lambda
     assert [p.ewc_lambda for p in presets.values()] == [0.0, base, 5 * base, base]
+    changed = le.SonaConfig.preset("high_quality", 64, ewc_lambda=3.0, max_pending_samples=7)
+    assert (changed.ewc_lambda, changed.max_pending_samples) == (3.0, 7)
+    assert changed.micro_lora == presets["high_quality"].micro_lora
     with pytest.raises(ValueError, match=r"SonaConfig.preset: name: expected one of low_latency"):
         le.SonaConfig.preset("fast")

@@ -193,6 +193,15 @@ def test_more_than_max_pending_learn_and_are_left_out():
     assert np.allclose(served(sona, 1) - served(sona), before, atol=1e-5)  # still its own
 
 
+def test_rows_of_a_batch_count_for_max_pending():
+    sona = le.Sona(config(max_pending_samples=10))
+    for n, waiting in ((8, 8), (500, 8), (2, 10)):
+        feedback = le.Feedback.from_gradient(row(1, OUT, n=n))
+        assert sona.instant_adapt(row(0, n=n), feedback, session="s").applied
+        assert sona.stats().pending_samples == waiting
+    assert list(sona.stats().skipped.values()) == [500]
+
+
 def test_the_penalty_holds_what_is_consolidated():
     """A stronger penalty lets a session's adapter move the output less."""
     moved = []

@@ -226,7 +226,7 @@ ONES = np.ones((4, 2), "f4")
 @pytest.mark.parametrize(
     ("text", "changes"),
     [
-        ("format: expected 1, got 2", {"format": 2}),
+        ("format: expected 2, got 1", {"format": 1}),
         ("sha256: expected the digest", {"sha256": "0"}),
         ("MicroLoRAConfig: expected an object", {"MicroLoRAConfig": None}),
         ("counts: expected numbers from 0", {"counts": {"instants": 1}}),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import bits
+from helpers import bits, f64
 from helpers_sona import config, module, row, taught
 
 import lora_engine as le
 from lora_engine import ops
 from lora_engine.learning.factor_sums import FactorSums
+from lora_engine.learning.sona import TOO_LARGE
+from lora_engine.learning.sona_config import STRATEGIES
 
 IN, OUT = 37, 21
 
@@ -53,6 +55,42 @@ def test_sums_of_a_step_that_is_refused_stay():
             pool._storage.adapt_slot_observed(row(1, IN), row(2, OUT), 2, step, *bad)
     assert bits(pool.get(2)[0]) == bits(before[0])
     assert pool.version(2) == 1
+
+
+@pytest.mark.parametrize(("x_size", "grad_size"), [(1e20, 1e-20), (1e-20, 1e20), (1e14, 1e14)])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_sample_whose_squares_leave_float32(x_size, grad_size, strategy, tmp_path):
+    """It is learned, said, and counts for no merge; others' are merged, and the state is kept."""
+    sona = le.Sona(config(consolidation=strategy, ewc_lambda=0.0))
+    taught(sona, sessions=2, samples=20)
+    x, g = np.float32(x_size) * row(1), np.float32(grad_size) * row(2, 7)
+    result = sona.instant_adapt(x, le.Feedback.from_gradient(g), session="large")
+    assert result.applied
+    fits = max(x_size, grad_size) < 1e15
+    assert sona.stats().pending_samples == 40 + fits
+    assert sona.stats().skipped == ({} if fits else {TOO_LARGE: 1})
+    if not fits:
+        assert np.abs(module(sona).held_out.samples()[0]).max() < 1e3
+    assert all(np.isfinite(rows).all() for rows in module(sona).sums)
+    sona.save(tmp_path)
+    le.Sona(config(consolidation=strategy, ewc_lambda=0.0)).load(tmp_path)
+    assert sona.background().samples_used == 40 + fits
+
+
+def test_sums_that_are_inf_are_left_out_of_a_pass():
+    sona = le.Sona(config())
+    taught(sona, sessions=3, samples=20)
+    m = module(sona)
+    m.sums.v[m.served.fast[1].slot] = np.inf
+    before = f64(sona.forward(row(0), session=1))
+    result = sona.background()
+    assert (result.samples_used, result.sessions) == (40, 2)
+    assert sona.stats().pending_samples == (0 if result.applied else 40)
+    assert before.any()
+    assert np.allclose(sona.forward(row(0), session=1) - result.applied * sona.forward(row(0)),
+                       before, atol=1e-5)  # fmt: skip
+    taught(sona, sessions=3, samples=20)
+    assert sona.background().samples_used >= 60
 
 
 def test_remove_all_or_none():

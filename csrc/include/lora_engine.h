@@ -356,7 +356,8 @@ typedef struct le_step {
 typedef enum le_outcome {
   LE_NO_ADAPTER = 0, /* the row named none: nothing was learned */
   LE_APPLIED = 1,
-  LE_NOT_FINITE = 2 /* the gradient or the step held NaN or Inf: the adapter is untouched */
+  LE_NOT_FINITE = 2,  /* the gradient or the step held NaN or Inf: the adapter is untouched */
+  LE_NOT_OBSERVED = 3 /* applied, but too large for sums of squares (..._observed alone) */
 } le_outcome;
 
 /* One gradient step for every adapter named, from the values before the call:
@@ -372,7 +373,9 @@ LE_API le_status le_pool_adapt_slot(le_pool *pool, int32_t slot, const le_array 
                                     const le_array *grad, const le_step *step, uint8_t *outcome,
                                     double *grad_norm);
 /* The same, and where the step was applied the samples' Fisher factors are added up with it:
- * row `slot` of u [., out] += the sum over rows of grad^2, of v [., in] += that of x^2, float32. */
+ * row `slot` of u [., out] += the sum over rows of grad^2, of v [., in] += that of x^2, float32.
+ * Where either is above 1e30 in all, so that sums might become Inf, both stay as they are and the
+ * outcome is LE_NOT_OBSERVED. */
 LE_API le_status le_pool_adapt_slot_observed(le_pool *pool, int32_t slot, const le_array *x,
                                              const le_array *grad, const le_step *step,
                                              const le_array *u, const le_array *v, uint8_t *outcome,

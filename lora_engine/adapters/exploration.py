@@ -72,9 +72,13 @@ class Explorer:
         self._traces()[module] = trace
         return delta, trace
 
-    def take(self, module: str) -> Trace | None:
-        """This thread's last trace of the module, once."""
-        return self._traces().pop(module, None)
+    def last(self, module: str) -> Trace | None:
+        """This thread's last trace of the module, until it is taken."""
+        return self._traces().get(module)
+
+    def take(self, module: str) -> None:
+        """Forgets this thread's last trace of the module."""
+        self._traces().pop(module, None)
 
     def state(self) -> dict[str, int]:
         """Where the noise stands, for ``go_on``; not the traces, which are of a thread."""

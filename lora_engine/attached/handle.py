@@ -21,7 +21,7 @@ from lora_engine.attached.model import (
     checkpointed,
     names_of,
 )
-from lora_engine.attached.placement import Placed, Shelf
+from lora_engine.attached.placement import Placed, Shelf, saved_of
 from lora_engine.attached.rows import BASE, Calls, Name, NotCopied, Rows, mixture_of
 from lora_engine.attached.weights import check_free, put_parameters, take_parameters
 
@@ -155,7 +155,8 @@ class Attached(NotCopied):
             state = state_of(path)
             placement = self._shelf.placement(state.placements, sizes, adapter.dtype, device(path))
             slots.append((path, placement, weights))
-        for key in (*adapter.embeddings, *adapter.biases):
+        saved = (key.rpartition(".")[0] for key in saved_of(adapter))
+        for key in (*adapter.embeddings, *adapter.biases, *saved):
             state_of(paths[key])
         return self._shelf.place(adapter, paths, slots, device)
 
@@ -270,7 +271,7 @@ class Attached(NotCopied):
 
     def parameters(self, name: str) -> list[torch.nn.Parameter]:
         """An adapter's weights as Parameters, layer by layer A [r, in] and B [out, r], then
-        biases: for a torch optimiser, which steps what is served in place.
+        biases and modules_to_save: for a torch optimiser, which steps what is served in place.
 
         From then on the adapter is trained: calls under autograd record it, as PEFT's layers do
         (its dropout included, in train mode), and the model's parameters() has them too, but not
@@ -314,7 +315,8 @@ class Attached(NotCopied):
     # ---- merged into the base weights ----
 
     def merge(self, name: str) -> None:
-        """Adds an adapter's deltas to the model's own weights, which then serve every row.
+        """Adds an adapter's deltas to the model's own weights, which then serve every row; its
+        modules_to_save take the place of the model's.
 
         Until it is unmerged calls take no adapter_names, as with PEFT, set_adapter has no effect,
         and the model's state_dict is the merged one. The weights before are kept, at the cost of

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import lora_engine.torch_ops  # noqa: F401  defines the ops
 from lora_engine.attached.placement import Placement
 from lora_engine.attached.rows import Calls, NotCopied, Part, Rows
-from lora_engine.attached.weights import Factors
+from lora_engine.attached.weights import PARAMETERS, Factors, Saved
 from lora_engine.quant.bitsandbytes_layer import from_linear4bit
 from lora_engine.quant.linear import NF4Linear
 
@@ -78,7 +78,7 @@ class AttachedLayer:
         """y with what the rows' adapters add to it; y may be written to."""
         if y.ndim == 1:  # one row, without a batch
             return self.with_adapters(y[None], x[None], rows)[0]
-        y = self.add(y, x, rows)
+        y = self.add(self._with_saved(y, x, rows), x, rows)
         for part in rows.bias_parts:
             biases = part.placed.weights.biases.get(self._lora.path)
             if biases is not None:
@@ -89,6 +89,26 @@ class AttachedLayer:
     def add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
         """y with the rows' deltas."""
         return y
+
+    def _with_saved(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
+        """y, the base's output, of the whole weights that adapters have in place of the base's;
+        in a mixture the weighted differences to the base's output are added."""
+        base, path = y, self._lora.path
+        for part in rows.saved_parts:
+            saved = part.placed.weights.saved.get(path)
+            if saved is None:
+                continue
+            elements = rows.elements(part, path, x.shape[0])
+            if elements is None and len(rows.all_parts) == 1 and part.weights is None:
+                return self.with_weights(x, saved)
+            ours, theirs = (x, base) if elements is None else (x[elements], base[elements])
+            change = self.with_weights(ours, saved).float() - theirs.float()
+            y = add_part(y, change, part, rows, path)
+        return y.to(base.dtype)
+
+    def with_weights(self, x: Tensor, saved: Saved) -> Tensor:
+        """The base layer's output with other weights."""
+        raise NotImplementedError
 
 
 class AttachedLinear(AttachedLayer):
@@ -104,6 +124,11 @@ class AttachedLinear(AttachedLayer):
     def as_weight(delta: Tensor) -> Tensor:
         """A delta [out, in] as it is added to the layer's weight."""
         return delta
+
+    def with_weights(self, x: Tensor, saved: Saved) -> Tensor:
+        weight = saved.of("weight", self, x.dtype)
+        assert weight is not None
+        return F.linear(x, self.as_weight(weight), saved.of("bias", self, x.dtype))
 
     def deltas(self, x: Tensor, rows: Rows) -> list[Delta]:
         """What is added from each pool that the rows name a slot of."""
@@ -217,20 +242,36 @@ class AttachedEmbedding(AttachedLayer):
     def _delta(self, tokens: Tensor, part: Part, factors: Factors, rows: Rows) -> Tensor:
         elements = rows.elements(part, self._lora.path, tokens.shape[0])
         tokens = tokens if elements is None else tokens[elements]
+        delta = self._rows_of(tokens, factors.A.t()) @ factors.B.t()
+        return self._scaled(delta * factors.scaling)
+
+    def with_weights(self, x: Tensor, saved: Saved) -> Tensor:
         base: Any = self
-        h = F.embedding(
-            tokens, factors.A.t(), base.padding_idx, base.max_norm, base.norm_type,
+        weight = saved.of("weight", self, base.weight.dtype)
+        assert weight is not None
+        return self._scaled(self._rows_of(x, weight))
+
+    def _rows_of(self, tokens: Tensor, table: Tensor) -> Tensor:
+        base: Any = self
+        return F.embedding(
+            tokens, table, base.padding_idx, base.max_norm, base.norm_type,
             base.scale_grad_by_freq, base.sparse,
         )  # fmt: skip
-        delta = (h @ factors.B.t()) * factors.scaling
-        scale = getattr(base, "embed_scale", None)  # of layers that scale what they look up
-        return delta if scale is None else delta * scale.to(delta.dtype)
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        scale = getattr(self, "embed_scale", None)  # of layers that scale what they look up
+        return y if scale is None else y * scale.to(y.dtype)
 
 
 class AttachedNorm(AttachedLayer):
-    """nn.LayerNorm, of which an adapter may hold the bias."""
+    """nn.LayerNorm, of which an adapter may hold the bias, or all."""
 
     BASE = torch.nn.LayerNorm
+
+    def with_weights(self, x: Tensor, saved: Saved) -> Tensor:
+        base: Any = self
+        weight, bias = (saved.of(name, self, x.dtype) for name in PARAMETERS)
+        return F.layer_norm(x, base.normalized_shape, weight, bias, base.eps)
 
 
 def add_part(y: Tensor, delta: Tensor, part: Part, rows: Rows, path: str) -> Tensor:

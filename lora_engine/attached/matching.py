@@ -11,7 +11,15 @@ import torch
 
 from lora_engine.adapters.adapter import Adapter, LoraWeights
 from lora_engine.adapters.micro_lora import MicroLoRA
-from lora_engine.attached.layers import AttachedEmbedding, AttachedLayer, AttachedLinear, kinds
+from lora_engine.attached.layers import (
+    AttachedEmbedding,
+    AttachedLayer,
+    AttachedLinear,
+    AttachedNF4,
+    kinds,
+)
+from lora_engine.attached.placement import saved_of
+from lora_engine.attached.weights import PARAMETERS
 
 PREFIX = "base_model.model."  # of paths in a model that PEFT has wrapped
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,7 +81,10 @@ class Model:
 
     def paths(self, name: str, adapter: Adapter) -> dict[str, str]:
         """The model's path for each of the adapter's; ValueError for one of another model."""
-        wanted = list(dict.fromkeys([*adapter.modules, *adapter.embeddings, *adapter.biases]))
+        saved = [key.rpartition(".")[0] for key in adapter.modules_to_save]
+        wanted = list(
+            dict.fromkeys([*adapter.modules, *adapter.embeddings, *adapter.biases, *saved])
+        )
         if not wanted:
             raise ValueError(
                 f"{self.op}: {name}: expected an adapter of some module, got an empty one"
@@ -107,11 +118,10 @@ class Model:
             self._check_layer(name, paths[key], AttachedLinear, weights)
         for key, weights in adapter.embeddings.items():
             self._check_layer(name, paths[key], AttachedEmbedding, weights)
-        if adapter.modules_to_save:
-            raise ValueError(
-                f"{self.op}: {name}: expected an adapter of deltas and biases, got one that also"
-                f" replaces {_some(adapter.modules_to_save)} (modules_to_save)"
-            )
+        serving = set(saved_of(adapter))
+        for key, values in adapter.modules_to_save.items():
+            module, _, parameter = key.rpartition(".")
+            self._check_saved(name, paths[module], parameter, values, key in serving)
         for key, bias in adapter.biases.items():
             kind = kind_of(self.modules[paths[key]])
             if kind is None or issubclass(kind, AttachedEmbedding):
@@ -127,6 +137,31 @@ class Model:
                     f"{self.op}: {name}: {paths[key]}: bias: expected the shape of the layer's,"
                     f" {got}, got {list(bias.shape)}"
                 )
+
+    def _check_saved(
+        self, name: str, path: str, parameter: str, values: Any, serving: bool
+    ) -> None:
+        """modules_to_save; not serving: of an adapted layer."""
+        module = self.modules[path]
+        where, kind = f"{self.op}: {name}: {path}.{parameter}: modules_to_save", kind_of(module)
+        own = module._parameters.get(parameter)
+        if kind is None or issubclass(kind, AttachedNF4) or parameter not in PARAMETERS:
+            takes = ", ".join(k.BASE.__name__ for k in kinds() if not issubclass(k, AttachedNF4))
+            raise TypeError(
+                f"{where}: expected a weight or bias of {takes}, got {type(module).__name__}"
+            )
+        if path in self.never_called:
+            raise ValueError(f"{where}: expected a layer whose forward is called, got another")
+        if own is None or tuple(own.shape) != np.shape(values):
+            got = "none" if own is None else f"{list(own.shape)}"
+            raise ValueError(
+                f"{where}: expected the shape of the layer's, {got}, got {list(np.shape(values))}"
+            )
+        if not serving and not torch.equal(own.cpu(), torch.from_numpy(values).to(own.dtype)):
+            raise ValueError(
+                f"{where}: expected the layer's own weights, as the adapter has a delta for"
+                " them, got others"
+            )
 
     def _check_layer(
         self, name: str, path: str, wanted: type[AttachedLayer], weights: LoraWeights

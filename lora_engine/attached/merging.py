@@ -60,6 +60,12 @@ class Merged:
         kind = kind_of(module)
         for placed in adapters:
             weights = placed.view()
+            saved = weights.saved.get(path)
+            for name in saved.given() if saved is not None else ():
+                whole = getattr(saved, name).detach()
+                base = original.get(name, getattr(module, name)).detach().float()
+                _check_own(op, path, name, modules)
+                sums[name] = sums[name] + (whole - base) if name in sums else whole
             if path in weights.factors:
                 delta = weights.factors[path].delta()
                 if kind is not None and issubclass(kind, AttachedLinear):
@@ -79,7 +85,7 @@ class Merged:
 
 def _touched(placed: Placed) -> set[str]:
     weights = placed.view()
-    return weights.factors.keys() | weights.biases.keys()
+    return weights.factors.keys() | weights.biases.keys() | weights.saved.keys()
 
 
 def _check_own(op: str, path: str, name: str, modules: Mapping[str, torch.nn.Module]) -> None:

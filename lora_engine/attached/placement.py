@@ -14,7 +14,7 @@ import torch
 
 from lora_engine.adapters.adapter import Adapter, LoraWeights
 from lora_engine.adapters.pool import AdapterPool
-from lora_engine.attached.weights import Biases, Factors, Weights
+from lora_engine.attached.weights import Biases, Factors, Saved, Weights
 
 Tensor = torch.Tensor
 _FIRST = 64  # numbers that a table has room for at first; it doubles
@@ -88,6 +88,13 @@ class Placed:
             part = _tensor(lora_biases[path], to) if path in lora else None
             scaling = lora[path].scaling if path in lora else 1.0
             self.weights.biases[path] = Biases(whole, part, scaling)
+        self._saved: dict[str, tuple[str, str]] = {}  # by key: path, "weight" or "bias"
+        for key in saved_of(adapter):
+            module, _, name = key.rpartition(".")
+            path = paths[module]
+            self._saved[key] = path, name
+            values = _tensor(adapter.modules_to_save[key], device(path))
+            setattr(self.weights.saved.setdefault(path, Saved()), name, values)
 
     @property
     def trained(self) -> bool:
@@ -125,20 +132,35 @@ class Placed:
             own = self.weights.biases[self.paths[key]].own
             assert own is not None
             biases[key] = _array(own)
+        saved = {
+            key: _array(getattr(self.weights.saved[path], name))
+            for key, (path, name) in self._saved.items()
+        }
         return replace(
             self.adapter, modules=modules, embeddings=embeddings, biases=biases,
-            lora_biases=lora_biases,
+            lora_biases=lora_biases, modules_to_save={**self.adapter.modules_to_save, **saved},
         )  # fmt: skip
+
+
+def saved_of(adapter: Adapter) -> list[str]:
+    """The modules_to_save that stand in for the base's weights, by parameter; without those that
+    PEFT writes of an adapted layer, which ``attach`` takes where they are the base's."""
+    adapted = adapter.modules.keys() | adapter.embeddings.keys()
+    return [key for key in adapter.modules_to_save if key.rpartition(".")[0] not in adapted]
 
 
 def _outline(adapter: Adapter) -> Adapter:
     """The adapter without what is kept elsewhere."""
     none = np.zeros((0, 0), np.float32)
+    kept = adapter.modules_to_save.keys() - saved_of(adapter)
     return replace(
         adapter,
         modules={k: LoraWeights(none, none, w.scaling) for k, w in adapter.modules.items()},
         embeddings={k: LoraWeights(none, none, w.scaling) for k, w in adapter.embeddings.items()},
         biases=dict.fromkeys(adapter.biases, none),
+        modules_to_save={
+            key: v if key in kept else none for key, v in adapter.modules_to_save.items()
+        },
     )
 
 

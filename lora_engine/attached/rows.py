@@ -99,6 +99,7 @@ class Rows:
         self.all_parts = tuple(parts)
         self.torch_parts = tuple(part for part in parts if part.placed in by_torch)
         self.bias_parts = tuple(part for part in parts if part.placed.weights.biases)
+        self.saved_parts = tuple(part for part in parts if part.placed.weights.saved)
         self._spread: dict[Placement, tuple[int, int, Tensor | None, Tensor | None]] = {}
 
     def runs(self, path: str, batch: int) -> int:

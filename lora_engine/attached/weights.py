@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 Tensor = torch.Tensor
+PARAMETERS = ("weight", "bias")  # of a layer
 
 
 class Factors:
@@ -40,6 +41,27 @@ class Biases:
         return change if total is None else change + total
 
 
+class Saved:
+    """Of one layer: its whole weight and bias, which stand in for the base's (PEFT's
+    modules_to_save); None: the base's."""
+
+    def __init__(self) -> None:
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def given(self) -> list[str]:
+        """Which of the two."""
+        return [name for name in PARAMETERS if getattr(self, name) is not None]
+
+    def of(self, name: str, base: Any, dtype: torch.dtype) -> Tensor | None:
+        """One of them in a dtype, of the layer's own where there is none here."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            own: Tensor | None = getattr(base, name)
+            return own
+        return value.to(dtype)
+
+
 class Trained(torch.nn.Module):
     """Parameters of adapters, by the adapter's name, as a child of the layer that they are for.
 
@@ -64,6 +86,7 @@ class Weights:
     def __init__(self) -> None:
         self.factors: dict[str, Factors] = {}
         self.biases: dict[str, Biases] = {}
+        self.saved: dict[str, Saved] = {}
         self.trained = False
 
     def all(self) -> Iterator[tuple[str, str, Any, str]]:
@@ -76,6 +99,9 @@ class Weights:
                 yield path, "lora_bias", biases, "lora"
             if biases.own is not None:
                 yield path, "bias_of", biases, "own"
+        for path, saved in self.saved.items():
+            for name in saved.given():
+                yield path, f"modules_to_save_{name}", saved, name
 
     def train(self) -> None:
         """Makes Parameters of all tensors, where they lie."""

@@ -35,13 +35,13 @@ class BackgroundResult(NamedTuple):
 def consolidate(m: Module, config: SonaConfig) -> BackgroundResult:
     """One module's pass. While it works, sessions learn on in fresh fast adapters."""
     served = _freeze(m)
-    merged = {s: fast for s, fast in served.frozen.items() if fast.pending}
-    samples = sum(fast.pending for fast in merged.values())
+    merged, sums = _waiting(m, served)
+    samples = sum(fast.pending for fast in merged)
     if not samples:
         _unfreeze(m)
         return BackgroundResult(False, "no samples wait", 0, 0, float("nan"))
     try:
-        after = _merged(m, config, served, list(merged.values()))
+        after = _merged(m, config, served, merged)
         gain = _gain(m, served, after)
     except BaseException:
         _unfreeze(m)
@@ -51,7 +51,7 @@ def consolidate(m: Module, config: SonaConfig) -> BackgroundResult:
         _unfreeze(m)
         note = f"rejected: the loss on held-out samples would rise by {-gain:.4g}"
         return BackgroundResult(False, note, samples, len(merged), gain)
-    _serve(m, after, list(merged.values()))
+    _serve(m, after, merged, sums)
     return BackgroundResult(True, "", samples, len(merged), gain)
 
 
@@ -106,13 +106,31 @@ def _fold(m: Module) -> None:
     m.pool.remove_all([part[session].slot for session in both for part in (frozen, fast)])
 
 
+def _waiting(m: Module, served: Served) -> tuple[list[Fast], list[Array]]:
+    """The frozen adapters with samples that wait, and their Fisher sums together.
+
+    One whose sums are not finite would spoil the merge of all: its samples are left out.
+    """
+    found = [fast for fast in served.frozen.values() if fast.pending]
+    sums = m.sums.over([one.slot for one in found])
+    if all(np.isfinite(total).all() for total in sums):
+        return found, sums
+    for one in found:
+        if not all(np.isfinite(rows[one.slot]).all() for rows in m.sums):
+            log.warning("background: %d samples are left out: their sums are Inf", one.pending)
+            m.sums.begin(one.slot)
+            one.pending, one.quality = 0, 0.0
+            one.inputs.fill(0.0)
+    return _waiting(m, served)
+
+
 def _joined(m: Module, older: Fast, newer: Fast) -> Fast:
     """One adapter for two, in a slot of its own: of their ranks together, up to a bound."""
     (A, B, _), (more_A, more_B, _) = (m.pool.get(adapter.slot) for adapter in (older, newer))
     A, B = np.concatenate([A, more_A]), np.concatenate([B, more_B], axis=1)
     if len(A) > JOINED_RANKS * m.rank:
         A, B = _low_rank_sum(m, older.slot, [newer.slot], [1.0])
-    made = Fast(m.pool.add(A, B, m.scaling), m.in_features, newer.baseline)
+    made = Fast(m.pool.add(A, B, m.scaling), m.in_features)
     m.hold(made.slot, A)
     m.sums.begin(made.slot)
     for rows in m.sums:
@@ -184,15 +202,15 @@ def _gain(m: Module, before: Served, after: Served) -> float:
     stranger: Hashable = object()
     losses = []
     for served in (before, after):
-        gap = m.mixture(served, x, [stranger] * len(x), None) - target
+        gap = m.forward_by(served, x, stranger, None) - target
         losses.append(float(np.einsum("ij,ij->", gap, gap, dtype=np.float64)) / (2 * len(x)))
     return losses[0] - losses[1]
 
 
-def _serve(m: Module, after: Served, fast: list[Fast]) -> None:
+def _serve(m: Module, after: Served, fast: list[Fast], sums: list[Array]) -> None:
     """Swaps the result in; what was served before stays for a rollback."""
     n = sum(adapter.pending for adapter in fast)
-    u, v = ((total / n).astype(np.float32) for total in m.sums.over([one.slot for one in fast]))
+    u, v = ((total / n).astype(np.float32) for total in sums)
     forgotten = m.forgotten()
     with m.lock:
         now = m.served

@@ -9,7 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
+LARGEST = 1e30  # of a sample's sum of squares: float32 sums of very many of them are finite
 _ROWS = 64  # that are added up at a time: they stay in the cache
+
+
+def can_be_summed(*samples: F32) -> bool:
+    """Whether each sample's squares fit the sums, as le_pool_adapt_slot_observed decides it."""
+    return all(np.square(rows, dtype=np.float64).sum() <= LARGEST for rows in samples)
 
 
 class FactorSums:

@@ -26,20 +26,21 @@ from lora_engine.learning.background import BackgroundResult
 from lora_engine.learning.deep import DeepResult
 from lora_engine.learning.feedback import Feedback
 from lora_engine.learning.sona_config import SonaConfig
-from lora_engine.learning.sona_module import Fast, Module, as_float32
+from lora_engine.learning.sona_module import STEPPED, Fast, Module, as_float32
 from lora_engine.learning.training_samples import TrainingSample
 
 log = logging.getLogger(__name__)
 _new = tuple.__new__
 
 LEFT_OUT = "max_pending_samples are waiting: learned, left out of the merge"
+TOO_LARGE = "too large for float32 sums of squares: learned, left out of the merge"
 
 
 class SonaStats(NamedTuple):
-    """What a Sona did so far. pending_samples: applied, and seen by no consolidation yet.
-    accumulated_quality: of applied samples since the last deep run. skipped: how many
-    samples taught nothing, or count for no consolidation, by reason. engine: the counters of
-    the C++ core, of the whole process."""
+    """What a Sona did since it was made, or since what it loaded began. pending_samples: applied,
+    and seen by no consolidation yet. accumulated_quality: of applied samples since the last deep
+    run. skipped: how many samples taught nothing, or count for no consolidation, by reason.
+    engine: the counters of the C++ core, of the whole process."""
 
     instant_count: int
     instant_avg_latency_us: float
@@ -66,6 +67,9 @@ class _SessionView:
 class Sona:
     """config: shapes, speeds, strategy. Arrays are NumPy's or CPU torch tensors, x [in] or
     [n, in]. Sessions are named by anything hashable; None is one of them.
+
+    Each module keeps the baselines of the 10,000 sessions whose quality it saw last; an adapter
+    is kept for a session from its first step that was taken.
 
     Safe to use from several threads. ``start`` runs the background pass in a thread of its
     own; as a context manager a Sona stops it at the end.
@@ -168,38 +172,43 @@ class Sona:
         if quality is not None or type(feedback) is not Feedback or feedback.quality is not None:
             q = _quality(feedback, quality)
         held, observe, why = None, False, ""
+        step = m.step if feedback.quality is None else m.quality_step
         with m.lock:
-            fast = m.served.fast.get(session) or m.fast_of(session)
             grad, outcome, norm = feedback.gradient, ops.NO_ADAPTER, 0.0
             if grad is None:
-                grad, why = self._gradient(m, x, feedback, session, fast)
+                grad, why = self._gradient(m, x, feedback, session)
             if grad is not None:
-                observe = self._pending < self.config.max_pending_samples
-                if observe and self._instants % m.held_out.EVERY == 0:
+                rows = x.shape[0] if getattr(x, "ndim", 1) == 2 else 1
+                observe = self._pending + rows <= self.config.max_pending_samples
+                if observe and m.held_out.is_next():
                     held = m.held_out_target(x, grad, session)
-                outcome, norm = m.adapt(x, grad, fast, m.step, observe)
+                fast, outcome, norm = m.adapt(x, grad, session, step, observe)
             if feedback.quality is not None:
-                fast.baseline.update(feedback.quality)
-            applied = outcome == ops.APPLIED
-            if held is not None and applied:
-                m.held_out.add(*held)
-            if m.mean_inputs and applied and observe:
-                fast.inputs += as_float32(x).reshape(-1, m.in_features).sum(0)
-            if grad is not None and not applied:
-                why = ops.NOTES[outcome]
-            rows = x.shape[0] if applied and x.ndim == 2 else 1
+                m.rate(session, feedback.quality)
+                if feedback.needs_trace:
+                    self._explorer.take(m.name)
+            applied = outcome in STEPPED
+            counts = observe and outcome == ops.APPLIED
+            if counts:
+                m.held_out.seen += 1
+                if held is not None:
+                    m.held_out.add(*held)
+                if m.mean_inputs:
+                    fast.inputs += as_float32(x).reshape(-1, m.in_features).sum(0)
+            elif grad is not None and not applied:
+                why = ops.NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
             with self._lock:
                 self._instants += 1
                 if not applied:
                     self._skipped[why] += 1
                 else:
                     self._quality += q * rows
-                    if observe:
+                    if counts:
                         fast.quality += q * rows
                         fast.pending += rows
                         self._pending += rows
                     else:
-                        self._skipped[LEFT_OUT] += rows
+                        self._skipped[TOO_LARGE if observe else LEFT_OUT] += rows
                 latency = (perf_counter() - start) * 1e6
                 self._seconds += latency * 1e-6
         if log.isEnabledFor(logging.DEBUG):
@@ -207,17 +216,15 @@ class Sona:
         return _new(AdaptResult, (applied, why, latency, norm))
 
     def _gradient(
-        self, m: Module, x: Any, feedback: Feedback, session: Hashable, fast: Fast
+        self, m: Module, x: Any, feedback: Feedback, session: Hashable
     ) -> tuple[Any, str]:
-        if feedback.gradient is not None:
-            return feedback.gradient, ""
         view: Any = _SessionView(m, session, self.config.micro_lora)
         if feedback.quality is None:
             return feedback.output_gradient(view, x, m.name), ""
-        last = None
-        if feedback.trace is None and feedback.output is None:
-            last = self._explorer.take(m.name)
-        return feedback.quality_gradient(view, x, m.name, fast.baseline.value, last)
+        last = self._explorer.last(m.name) if feedback.needs_trace else None
+        baseline = m.baselines.get(session)
+        value = None if baseline is None else baseline.value
+        return feedback.quality_gradient(view, x, m.name, value, last)
 
     # ---- learning: in the background -------------------------------------------
 
@@ -300,7 +307,7 @@ class Sona:
     # ---- what it did, what it holds -------------------------------------------------
 
     def stats(self) -> SonaStats:
-        """Counts since the Sona was made, as they are now."""
+        """Counts as they are now."""
         with self._lock:
             mean = self._seconds / self._instants * 1e6 if self._instants else 0.0
             return SonaStats(
@@ -333,8 +340,8 @@ class Sona:
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Goes on where ``save`` was, to the same bits. Of a folder without the engine's file it
-        serves the adapters as the consolidated ones, and sessions begin anew; so it does,
-        with a warning, where that file belongs to other weights.
+        serves the adapters as the consolidated ones, and sessions, held-out samples and counts
+        begin anew; so it does, with a warning, where that file belongs to other weights.
 
         Raises FormatError naming file and key, and ValueError where modules, shapes or rank, or
         the configuration that the state is of, are others than the config's; then nothing has
@@ -355,7 +362,8 @@ def _quality(feedback: Any, quality: Any) -> float:
         got = type(feedback).__name__
         raise TypeError(f"Sona.instant_adapt: feedback: expected a Feedback, got {got}")
     if quality is None:
-        return 1.0 if feedback.quality is None else float(feedback.quality.mean())
+        rated = feedback.quality
+        return 1.0 if rated is None else float(rated.mean()) if len(rated) else 0.0
     try:
         q = float(quality)
     except (TypeError, ValueError):

@@ -15,24 +15,28 @@ import numpy as np
 
 from lora_engine import ops
 from lora_engine.adapters.exploration import Baseline
+from lora_engine.adapters.micro_lora import QUALITY_MAX_NORM
 from lora_engine.adapters.pool import AdapterPool
 from lora_engine.learning import consolidation
 from lora_engine.learning.ewc import EWC
-from lora_engine.learning.factor_sums import FactorSums
+from lora_engine.learning.factor_sums import FactorSums, can_be_summed
 from lora_engine.learning.fisher_merge import merge_factors
+from lora_engine.learning.held_out import HeldOut
 from lora_engine.learning.sona_config import SonaConfig
 
 Array = np.ndarray
+
+STEPPED = (ops.APPLIED, ops.NOT_OBSERVED)  # outcomes of a step that was taken
+BASELINES = 10_000  # that a module keeps: of the sessions that were rated last
 
 
 class Fast:
     """A session's adapter, and what was seen of the samples that taught it."""
 
-    __slots__ = ("baseline", "inputs", "pending", "quality", "slot")
+    __slots__ = ("inputs", "pending", "quality", "slot")
 
-    def __init__(self, slot: int, in_features: int, baseline: Baseline) -> None:
+    def __init__(self, slot: int, in_features: int) -> None:
         self.slot = slot
-        self.baseline = baseline
         self.inputs = np.zeros(in_features, np.float32)  # sum of x, where it is asked for
         self.quality = 0.0  # sum over samples
         self.pending = 0  # samples that no consolidation has seen
@@ -61,8 +65,8 @@ class Served(NamedTuple):
 
     def slots(self) -> list[int]:
         """All of them."""
-        own = (fast.slot for adapters in (self.fast, self.frozen) for fast in adapters.values())
-        return [*self.shared(), *own]
+        own = [*self.fast.values(), *self.frozen.values()]
+        return [*self.shared(), *[fast.slot for fast in own]]
 
     def slots_of(self, session: Hashable) -> list[int]:
         """Of what a session's rows add up, without the members."""
@@ -72,31 +76,6 @@ class Served(NamedTuple):
             if fast is not None:
                 slots.append(fast.slot)
         return slots
-
-
-class HeldOut:
-    """The last few of every tenth sample: inputs, and where a step of 1 would move the output."""
-
-    EVERY = 10
-
-    def __init__(self, size: int, in_features: int, out_features: int) -> None:
-        self.x = np.zeros((size, in_features), np.float32)
-        self.target = np.zeros((size, out_features), np.float32)
-        self.count = 0
-
-    def add(self, x: Array, target: Array) -> None:
-        """x [n, in] and target [n, out], or one of each."""
-        if x.ndim == 1:
-            x, target = x[None], target[None]
-        for i in range(len(x)):
-            at = self.count % len(self.x)
-            self.x[at], self.target[at] = x[i], target[i]
-            self.count += 1
-
-    def samples(self) -> tuple[Array, Array]:
-        """x [n, in] and targets [n, out] of what is held."""
-        n = min(self.count, len(self.x))
-        return self.x[:n].copy(), self.target[:n].copy()
 
 
 class Module:
@@ -113,8 +92,9 @@ class Module:
         self.gamma = config.ewc_gamma
         held = config.ewc_lambda > 0
         self.ewc = EWC(self.pool, config.ewc_lambda, form="delta") if held else None
-        self.step = ops.make_step(
-            self.pool._backend, config.instant_lr, config.max_grad_norm, ewc=self.ewc
+        self.step, self.quality_step = (
+            ops.make_step(self.pool._backend, config.instant_lr, max_norm, ewc=self.ewc)
+            for max_norm in (config.max_grad_norm, min(config.max_grad_norm, QUALITY_MAX_NORM))
         )
         self.mean_inputs = config.consolidation == "ensemble"
         self.lock = threading.Lock()
@@ -126,7 +106,9 @@ class Module:
         self.fisher: tuple[Array, Array] | None = None  # u* [out], v* [in], means over samples
         self.samples = 0.0  # that it stands for, gamma of them kept at each consolidation
         self.sums = FactorSums(self.in_features, self.out_features)  # of waiting samples, by slot
-        self.held_out = HeldOut(config.held_out, self.in_features, self.out_features)
+        self.held_out = HeldOut(
+            config.held_out, self.in_features, self.out_features, [micro.seed, *name.encode()]
+        )
         self.served = Served(self.pool.add(self.A, self.B, self.scaling), {}, {})
         self.baselines: dict[Hashable, Baseline] = {}
         # What was served, the Fisher information and its samples, before the last consolidation.
@@ -135,7 +117,10 @@ class Module:
     # ---- serving ----
 
     def forward(self, x: Any, session: Hashable, out: Any) -> Any:
-        served = self.served
+        return self.forward_by(self.served, x, session, out)
+
+    def forward_by(self, served: Served, x: Any, session: Hashable, out: Any) -> Any:
+        """What a session is served, or would be."""
         slots = served.slots_of(session)
         if not served.members:
             if len(slots) == 1:
@@ -143,12 +128,12 @@ class Module:
             if isinstance(x, np.ndarray):
                 ids = np.array([slots] * _rows(x), np.int32)
                 return self.storage.forward(x, ids, None, out, False)
-        return self.mixture(served, x, [session] * _rows(x), out)
+        return self._mixture(served, x, [session] * _rows(x), out)
 
     def forward_rows(self, x: Any, sessions: Iterable[Hashable], out: Any) -> Any:
-        return self.mixture(self.served, x, list(sessions), out)
+        return self._mixture(self.served, x, list(sessions), out)
 
-    def mixture(self, served: Served, x: Any, sessions: list[Hashable], out: Any) -> Any:
+    def _mixture(self, served: Served, x: Any, sessions: list[Hashable], out: Any) -> Any:
         """What the sessions, one a row, are served."""
         if len(sessions) != _rows(x):
             raise ValueError(
@@ -167,24 +152,29 @@ class Module:
             rows = as_float32(x)
             _, mixed = consolidation.ensemble(rows, served.consolidated, kept, means)
             ids[:, 3:], weights[:, 3:] = kept, mixed[:, 1:]
-        if not isinstance(x, np.ndarray) and hasattr(x, "new_tensor"):
-            ids = x.new_tensor(ids, dtype=None).int()
-            weights = None if weights is None else x.new_tensor(weights).float()
-        return self.storage.forward(x, ids, weights, out, False)
+        if isinstance(x, np.ndarray):
+            return self.storage.forward(x, ids, weights, out, False)
+        import torch
+
+        of_x = [None if a is None else torch.from_numpy(a).to(x.device) for a in (ids, weights)]
+        return self.storage.forward(x, *of_x, out, False)
 
     # ---- learning ----
 
-    def fast_of(self, session: Hashable) -> Fast:
-        """The adapter that a session's feedback changes; the lock is held."""
-        fast = self.served.fast.get(session)
-        if fast is None:
-            baseline = self.baselines.setdefault(session, Baseline())
-            slot = self.pool.add(self.A, self.B, self.scaling)
-            self.sums.begin(slot)
-            self.hold(slot, self.A)
-            fast = Fast(slot, self.in_features, baseline)
-            self.served.fast[session] = fast
-        return fast
+    def rate(self, session: Hashable, qualities: Array) -> None:
+        """Updates a session's baseline; the lock is held."""
+        baseline = self.baselines.pop(session, None) or Baseline()
+        baseline.update(qualities)
+        self.baselines[session] = baseline  # the last one now
+        if len(self.baselines) > BASELINES:
+            del self.baselines[next(iter(self.baselines))]
+
+    def _fresh(self) -> Fast:
+        """An adapter for a session that has none; it adds nothing to what is served."""
+        slot = self.pool.add(self.A, self.B, self.scaling)
+        self.sums.begin(slot)
+        self.hold(slot, self.A)
+        return Fast(slot, self.in_features)
 
     def hold(self, slot: int, A: Array) -> None:
         """Has the penalty hold a session's adapter near adding nothing to what is served."""
@@ -203,19 +193,39 @@ class Module:
         if self.ewc is not None:
             self.ewc.set(slot, *self.fisher)
 
-    def adapt(self, x: Any, grad: Any, fast: Fast, step: Any, observe: bool) -> tuple[int, float]:
-        """A step of a session's adapter; observe: the sample counts for the next merge."""
-        if not observe:
-            outcome: tuple[int, float] = self.storage.adapt_slot(x, grad, fast.slot, step)
-        elif self._step_observed is not None:
-            sums = self.sums
-            outcome = self._step_observed(x, grad, fast.slot, step, sums.u, sums.v)
-        else:
-            outcome = self.storage.adapt_slot(x, grad, fast.slot, step)
-            if outcome[0] == ops.APPLIED:
-                row = self.sums.u[fast.slot], self.sums.v[fast.slot]
-                self.pool._backend.lora_fisher_factors(x, grad, row)
-        return outcome
+    def adapt(
+        self, x: Any, grad: Any, session: Hashable, step: Any, observe: bool
+    ) -> tuple[Fast, int, float]:
+        """A step of a session's adapter: (it, outcome, norm of the gradient); the lock is held.
+
+        observe: the sample counts for the next merge. An adapter is made for the session's first
+        step, and kept if that is taken.
+        """
+        fast = self.served.fast.get(session)
+        if fast is not None:
+            return fast, *self._step_slot(x, grad, fast.slot, step, observe)
+        fast, outcome = self._fresh(), ops.NO_ADAPTER
+        try:
+            outcome, norm = self._step_slot(x, grad, fast.slot, step, observe)
+        finally:
+            if outcome in STEPPED:
+                self.served.fast[session] = fast
+            else:
+                self.pool.remove(fast.slot)
+        return fast, outcome, norm
+
+    def _step_slot(
+        self, x: Any, grad: Any, slot: int, step: Any, observe: bool
+    ) -> tuple[int, float]:
+        if observe and self._step_observed is not None:
+            done: tuple[int, float] = self._step_observed(x, grad, slot, step, *self.sums)
+            return done
+        outcome, norm = self.storage.adapt_slot(x, grad, slot, step)
+        if observe and outcome == ops.APPLIED:
+            if not can_be_summed(as_float32(x), as_float32(grad)):
+                return ops.NOT_OBSERVED, norm
+            self.pool._backend.lora_fisher_factors(x, grad, (self.sums.u[slot], self.sums.v[slot]))
+        return outcome, norm
 
     def held_out_target(self, x: Any, grad: Any, session: Hashable) -> tuple[Array, Array] | None:
         """x, and where a step of 1 along the gradient would move the output; None where the
@@ -248,4 +258,7 @@ def as_float32(values: Any) -> Array:
 
 
 def _rows(x: Any) -> int:
+    if not hasattr(x, "ndim"):
+        got = type(x).__name__
+        raise TypeError(f"Sona.forward: x: expected a NumPy array or a torch tensor, got {got}")
     return x.shape[0] if x.ndim == 2 else 1

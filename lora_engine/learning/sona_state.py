@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from lora_engine.safetensors_file import from_bytes, is_count, read_json, short,
 if TYPE_CHECKING:
     from lora_engine.learning.sona import Sona
 
-FILE, KEY, FORMAT = "lora_engine_sona.safetensors", "lora_engine_sona", 1
+FILE, KEY, FORMAT = "lora_engine_sona.safetensors", "lora_engine_sona", 2
 SESSIONS = "sessions"
 _COUNTS = ("instants", "background", "background_rejected", "deep", "deep_rejected")
 _SUMS = ("seconds", "quality")
@@ -116,6 +117,7 @@ def _module_tensors(m: Module) -> tuple[Tensors, State]:
         "held_out_x": x,
         "held_out_target": target,
         "held_out_count": np.array([m.held_out.count], np.int64),
+        "held_out_seen": np.array([m.held_out.seen], np.int64),
     }
     names: dict[str, Any] = {"fast": fast, "baselines": rated}
     return (
@@ -267,7 +269,7 @@ _FIELDS = (
     "fast_ranks", "fast_A", "fast_B", "member_ranks", "member_A", "member_B", "u", "v", "inputs",
     "quality", "pending", "held", "held_u", "held_v", "held_A", "baselines", "directions",
     "member_quality", "fisher_u", "fisher_v", "samples", "held_out_x", "held_out_target",
-    "held_out_count",
+    "held_out_count", "held_out_seen",
 )  # fmt: skip
 _SIGNED = frozenset({"fast_A", "fast_B", "member_A", "member_B", "inputs", "held_A",
                      "directions", "held_out_x", "held_out_target"})  # fmt: skip
@@ -319,6 +321,7 @@ def _check_module(m: Module, tensors: Tensors, names: dict[str, list[Any]]) -> N
     take("fisher_u", (fisher, d_out))
     take("fisher_v", (fisher, d_in))
     take("samples", (1,), np.float64)
+    take("held_out_seen", (1,), np.int64)
     count = int(take("held_out_count", (1,), np.int64)[0])
     for field, width in (("held_out_x", d_in), ("held_out_target", d_out)):
         take(field, (min(count, len(m.held_out.x)), width))
@@ -334,6 +337,7 @@ def _restore(m: Module, A: Array, B: Array, kept: _Kept | None) -> None:
         m.forget()
         m.fisher, m.samples = None, 0.0
         m.baselines = {}
+        m.held_out.clear()
         if kept is not None:
             served = _restored(m, served, kept)
         m.served = served
@@ -351,7 +355,7 @@ def _restored(m: Module, served: Served, kept: _Kept) -> Served:
     m.samples = float(t["samples"][0])
     n = len(t["held_out_x"])
     m.held_out.x[:n], m.held_out.target[:n] = t["held_out_x"], t["held_out_target"]
-    m.held_out.count = int(t["held_out_count"][0])
+    m.held_out.count, m.held_out.seen = int(t["held_out_count"][0]), int(t["held_out_seen"][0])
     if len(t["fisher_u"]):
         m.fisher = (t["fisher_u"][0].copy(), t["fisher_v"][0].copy())
         if m.ewc is not None:
@@ -359,8 +363,7 @@ def _restored(m: Module, served: Served, kept: _Kept) -> Served:
     anchors = iter(np.split(t["held_A"], np.cumsum(t["fast_ranks"][t["held"] > 0])[:-1]))
     factors = iter(zip(t["held_u"], t["held_v"], strict=True))
     for i, (session, (A, B)) in enumerate(zip(names["fast"], _factors(t, "fast"), strict=True)):
-        baseline = m.baselines.setdefault(session, Baseline())
-        fast = Fast(m.pool.add(A, B, m.scaling), m.in_features, baseline)
+        fast = Fast(m.pool.add(A, B, m.scaling), m.in_features)
         m.sums.begin(fast.slot)
         m.sums.u[fast.slot], m.sums.v[fast.slot] = t["u"][i], t["v"][i]
         fast.inputs[:] = t["inputs"][i]
@@ -389,13 +392,13 @@ def _factors(t: Tensors, kind: str) -> Iterator[tuple[Array, Array]]:
 
 def _restore_counters(sona: Sona, kept: _Kept | None) -> None:
     sona._pending = sona._waiting()
-    if kept is None:
-        return
-    counts, sums = kept.state["counts"], kept.state["sums"]
+    counts: State = dict.fromkeys(_COUNTS, 0)
+    sums: State = dict.fromkeys(_SUMS, 0.0)
+    skipped: State = {}
+    if kept is not None:
+        counts, sums, skipped = (kept.state[key] for key in ("counts", "sums", "skipped"))
+        sona._explorer.go_on(kept.noise)
     sona._instants, sona._seconds = counts["instants"], float(sums["seconds"])
     sona._quality = float(sums["quality"])
-    sona._counts.clear()
-    sona._counts.update({name: counts[name] for name in _COUNTS[1:]})
-    sona._skipped.clear()
-    sona._skipped.update(kept.state["skipped"])
-    sona._explorer.go_on(kept.noise)
+    sona._counts = Counter({name: counts[name] for name in _COUNTS[1:]})
+    sona._skipped = Counter(skipped)

@@ -131,7 +131,7 @@ static void one_slot(void) {
 /* The same, the samples' Fisher factors added up with it; not where nothing was applied. */
 static void observed(void) {
   Learner l = learner(0);
-  const le_step step = {0.125f, 1, 0, 0, 1, NULL};
+  le_step step = {0.125f, 1, 0, 0, 1, NULL};
   uint8_t outcome = 99;
   double norm = -1;
   Array u = drawn(LE_FLOAT32, 2, out, 1, 1), v = drawn(LE_FLOAT32, 2, in, 1, 1);
@@ -162,6 +162,11 @@ static void observed(void) {
   CHECK(le_pool_adapt_slot_observed(l.pool, 0, &x, &grad, &step, &u.c, &v.c, &outcome, &norm) ==
         LE_OK);
   CHECK(outcome == LE_NOT_FINITE && same(&u, &before));
+  ((float *)grad.data)[0] = 2e15f;
+  step.lr = 0;
+  CHECK(le_pool_adapt_slot_observed(l.pool, 0, &x, &grad, &step, &u.c, &v.c, &outcome, &norm) ==
+        LE_OK);
+  CHECK(outcome == LE_NOT_OBSERVED && same(&u, &before));
   array_free(&u), array_free(&v), array_free(&before);
   done(&l);
 }
