@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lora_engine import ops
-from lora_engine.adapters.micro_lora import MicroLoRA
+from lora_engine.adapters.micro_lora import QUALITY_MAX_NORM, MicroLoRA
 from lora_engine.learning import checkpoint as checkpoints
 from lora_engine.learning import training
 from lora_engine.learning.feedback import Feedback
@@ -25,7 +25,6 @@ from lora_engine.learning.training_samples import TrainingSample
 if TYPE_CHECKING:
     from lora_engine.adapters.micro_lora import _Module
 
-_NO_ROWS = "x has no rows: nothing was learned"
 _RATE_IS_ZERO = "the learning rate is 0 at step {}: the batch was dropped"
 
 
@@ -167,8 +166,8 @@ class TrainingPipeline:
             grad = feedback.output_gradient(lora, x, module)
         outcome, norm = ops.NO_ADAPTER, 0.0
         if grad is not None:
-            outcome, norm = self._accumulate(m, x, grad)
-            why = _NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
+            outcome, norm = self._accumulate(m, x, grad, rated)
+            why = ops.NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
         if rated:
             lora._rate(feedback, module, m)
         if outcome != ops.APPLIED:
@@ -183,11 +182,11 @@ class TrainingPipeline:
             step.taken, step.note, loss, norm, step.taken, step.learning_rate, new_task
         )
 
-    def _accumulate(self, m: _Module, x: Any, grad: Any) -> tuple[int, float]:
+    def _accumulate(self, m: _Module, x: Any, grad: Any, rated: bool = False) -> tuple[int, float]:
         """Adds to a module's batch: (outcome, norm of the mean of what it holds)."""
         if self._lora is not None and self._lora._dropout:
             x = self._lora._dropped(x, m)
-        outcome, norm, _ = m.accumulate(x, grad)
+        outcome, norm, _ = m.accumulate(x, grad, rated=rated)
         if outcome == ops.APPLIED:
             m.steps += 1
         return outcome, norm / max(m.samples, 1)
@@ -208,19 +207,22 @@ class TrainingPipeline:
             return _Step(False, _RATE_IS_ZERO.format(track.steps), lr)
         first = self._optimizer.preconditions
         kept = track.kept
+        max_norm = config.max_grad_norm
+        if m.rated:
+            max_norm = QUALITY_MAX_NORM if max_norm is None else min(max_norm, QUALITY_MAX_NORM)
 
         def direction(gradient: F32) -> F32:
             nonlocal kept
             norm = norm_of(gradient)
-            if config.max_grad_norm is not None and norm > config.max_grad_norm:
-                gradient *= np.float32(config.max_grad_norm / norm)
+            if max_norm is not None and norm > max_norm:
+                gradient *= np.float32(max_norm / norm)
             along, kept = self._optimizer.direction(gradient, track.kept, track.steps)
             return along
 
         step = ops.make_step(
             m.pool._backend,
             lr,
-            None if first else config.max_grad_norm,
+            None if first else max_norm,
             weight_decay=config.weight_decay,
             ewc=self._protection.of(m),
         )

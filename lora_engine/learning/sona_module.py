@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_engine import ops
 from lora_engine.adapters.exploration import Baseline
+from lora_engine.adapters.micro_lora import QUALITY_MAX_NORM
 from lora_engine.adapters.pool import AdapterPool
 from lora_engine.learning import consolidation
 from lora_engine.learning.ewc import EWC
@@ -91,8 +92,9 @@ class Module:
         self.gamma = config.ewc_gamma
         held = config.ewc_lambda > 0
         self.ewc = EWC(self.pool, config.ewc_lambda, form="delta") if held else None
-        self.step = ops.make_step(
-            self.pool._backend, config.instant_lr, config.max_grad_norm, ewc=self.ewc
+        self.step, self.quality_step = (
+            ops.make_step(self.pool._backend, config.instant_lr, max_norm, ewc=self.ewc)
+            for max_norm in (config.max_grad_norm, min(config.max_grad_norm, QUALITY_MAX_NORM))
         )
         self.mean_inputs = config.consolidation == "ensemble"
         self.lock = threading.Lock()
