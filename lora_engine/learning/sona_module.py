@@ -203,7 +203,8 @@ class Module:
         """
         fast = self.served.fast.get(session)
         if fast is not None:
-            return fast, *self._step_slot(x, grad, fast.slot, step, observe)
+            outcome, norm = self._step_slot(x, grad, fast.slot, step, observe)
+            return fast, outcome, norm
         fast, outcome = self._fresh(), ops.NO_ADAPTER
         try:
             outcome, norm = self._step_slot(x, grad, fast.slot, step, observe)
@@ -218,7 +219,9 @@ class Module:
         self, x: Any, grad: Any, slot: int, step: Any, observe: bool
     ) -> tuple[int, float]:
         if observe and self._step_observed is not None:
-            done: tuple[int, float] = self._step_observed(x, grad, slot, step, *self.sums)
+            done: tuple[int, float] = self._step_observed(
+                x, grad, slot, step, self.sums.u, self.sums.v
+            )
             return done
         outcome, norm = self.storage.adapt_slot(x, grad, slot, step)
         if observe and outcome == ops.APPLIED:
