@@ -30,8 +30,9 @@ class SonaConfig:
     instant_lr, max_grad_norm: of a request's step on its session's adapter; by a quality the
     norm is at most 1.
     background_interval_ms, background_min_samples: ``maybe_background`` runs when this much
-    time has passed and this many samples wait. max_pending_samples: how many rows may wait; a
-    call with more still changes its session's adapter, and counts for no merge.
+    time has passed (a thread waits 1 ms at least) and this many samples wait.
+    max_pending_samples: how many rows may wait; a call with more still changes its session's
+    adapter, and counts for no merge.
     consolidation: "ewc_merge", "average", "quality_weighted", "best_only", "ensemble".
     ewc_lambda, ewc_gamma: the penalty (delta form) on leaving what is consolidated, 0 for none,
     and what is kept of the Fisher information at each consolidation; defaults of ``EWC``.
