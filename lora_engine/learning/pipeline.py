@@ -18,7 +18,7 @@ from lora_engine.learning.feedback_buffer import FeedbackBuffer
 from lora_engine.learning.optimizers import F32, OPTIMIZERS, norm_of
 from lora_engine.learning.protection import Protection
 from lora_engine.learning.schedules import Schedule
-from lora_engine.learning.training import SampleOrder, TrainingHistory
+from lora_engine.learning.training import Best, SampleOrder, TrainingHistory
 from lora_engine.learning.training_config import TrainingConfig
 from lora_engine.learning.training_samples import TrainingSample
 
@@ -120,6 +120,7 @@ class TrainingPipeline:
             m.clear()
             self._tracks[name] = _Track(0, self._optimizer.start(m.storage.gradient_size(m.slot)))
         self._order = SampleOrder(self.config.seed)
+        self._best: Best | None = None  # of a train that was cut short
         self._lora = lora
 
     def _check_lora(self, op: str, lora: MicroLoRA) -> None:
@@ -292,13 +293,15 @@ class TrainingPipeline:
         Each epoch goes through the samples of at least quality_threshold in an order that seed
         and epoch fix, a step a batch, the last of an epoch maybe smaller. With total_steps it
         ends there. validation: samples held out, whose loss is measured before and after each
-        epoch; the best weights of all are what remains, and after ``patience`` epochs without
-        an improvement training stops. checkpoint: saved after each epoch and on Ctrl-C, which
-        ends the batch under way before it raises KeyboardInterrupt; the next call with the
-        same samples then finishes that epoch first.
+        epoch; the best weights of all are what remains, on Ctrl-C too, and after ``patience``
+        epochs without an improvement training stops. checkpoint: saved after each epoch and on
+        Ctrl-C, which ends the batch under way before it raises KeyboardInterrupt; the next call
+        with the same samples then finishes that epoch first. A checkpoint loaded goes on from
+        the last weights, with the best so far, to the same bits as if never cut.
 
-        Raises ValueError and TypeError, changing nothing: what does not fit, NaN, quality
-        outside 0..1, no validation sample over the threshold, gradients that wait in a batch.
+        Raises ValueError, TypeError and FileNotFoundError, changing nothing: what does not fit,
+        NaN, quality outside 0..1, no validation sample over the threshold, gradients that wait
+        in a batch, no folder to save a checkpoint in.
         """
         self._check_lora("train", lora)
         return training.run(self, lora, samples, module, epochs, validation, patience, checkpoint)
@@ -309,7 +312,7 @@ class TrainingPipeline:
         """Everything that the next steps depend on, as one safetensors file, replaced whole.
 
         Weights, optimizer moments, steps, gradients that wait, baselines of qualities, noise of
-        ``forward(explore=)``, EWC, the order of the samples.
+        ``forward(explore=)``, EWC, the order of the samples, the best weights of a ``train``.
         Raises OSError, and ValueError for another lora.
         """
         self._check_lora("save", lora)
