@@ -244,7 +244,7 @@ void pool_shrink(AdapterPool &pool, int32_t id, const le_array *x, const le_arra
   check_overlap(op, "h", out, "x", rows);
   Shape shape{&kernels(), rows, out, pool.dtype(), false};
   Buffers &b = buffers();
-  Scratch<float> row;
+  LE_PER_THREAD(Scratch<float>, row);
   for (int64_t i = 0; i < rows.n; ++i) {
     Tile tile{&i, 1};
     const float **inputs = tile_inputs(shape, tile, b);

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import ctypes as c
+import runpy
 
 import numpy as np
 import pytest
+from helpers_native import ROOT
 
 from lora_engine import _C, reference
 from lora_engine.reference_ewc import delta_penalty
 
 LIB = c.CDLL(_C.__file__)
 OK, VALUE, TYPE, INDEX = 0, 1, 2, 3
-
-
-class LeArray(c.Structure):
-    _fields_ = [
-        ("data", c.c_void_p),
-        ("shape", c.c_int64 * 4),
-        ("strides", c.c_int64 * 4),
-        ("ndim", c.c_int32),
-        ("dtype", c.c_int32),
-        ("flags", c.c_uint32),
-    ]
+HOST = runpy.run_path(str(ROOT / "examples" / "python" / "host.py"))
+LeArray, LePoolOptions, LeStep = HOST["Array"], HOST["PoolOptions"], HOST["Step"]
 
 
 class LeContextOptions(c.Structure):
@@ -30,30 +23,6 @@ class LeContextOptions(c.Structure):
         ("abi_version", c.c_int32),
         ("num_threads", c.c_int32),
         *((name, c.c_void_p) for name in ("threads", "allocator", "log")),
-    ]
-
-
-class LePoolOptions(c.Structure):
-    _fields_ = [
-        ("in_features", c.c_int64),
-        ("out_features", c.POINTER(c.c_int64)),
-        ("num_slices", c.c_int32),
-        ("dtype", c.c_int32),
-        ("capacity", c.c_int64),
-        ("max_rank", c.c_int32),
-        ("history", c.c_int32),
-        ("seed", c.c_uint64),
-    ]
-
-
-class LeStep(c.Structure):
-    _fields_ = [
-        ("lr", c.c_float),
-        ("lr_ratio", c.c_float),
-        ("max_norm", c.c_float),
-        ("weight_decay", c.c_float),
-        ("train_A", c.c_int32),
-        ("ewc", c.c_void_p),
     ]
 
 

@@ -39,6 +39,36 @@ int main(void) {
 }
 """
 SAID = "ok 6 -3\n"
+# A thread that loads the library, uses it, closes it, and ends.
+PLUGIN = r"""
+#include <dlfcn.h>
+#include <lora_engine.h>
+#include <pthread.h>
+#include <stdio.h>
+
+static void *use(void *path) {
+  float x[3] = {1, 2, 3}, A[3] = {1, 1, 1}, B[2] = {2, -1}, y[2];
+  le_array of_x = {x, {3}, {1}, 1, LE_FLOAT32, 0}, of_A = {A, {1, 3}, {3, 1}, 2, LE_FLOAT32, 0};
+  le_array of_B = {B, {2, 1}, {1, 1}, 2, LE_FLOAT32, 0}, of_y = {y, {2}, {1}, 1, LE_FLOAT32, 0};
+  void *lib = dlopen(path, RTLD_NOW);
+  __typeof__(&le_context_create) create = dlsym(lib, "le_context_create");
+  __typeof__(&le_lora_delta) delta = dlsym(lib, "le_lora_delta");
+  __typeof__(&le_context_destroy) destroy = dlsym(lib, "le_context_destroy");
+  le_context *ctx;
+  if (create(NULL, &ctx) || delta(ctx, &of_x, &of_A, &of_B, 0.5f, 0, &of_y)) return NULL;
+  destroy(ctx);
+  printf("%g %g %d\n", y[0], y[1], dlclose(lib));
+  return NULL;
+}
+
+int main(int argc, char **argv) {
+  pthread_t thread;
+  for (int i = 0; i < argc; ++i) {
+    pthread_create(&thread, NULL, use, argv[1]);
+    pthread_join(thread, NULL);
+  }
+}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +114,14 @@ def test_flags_of_the_wheel(wheel, host):
     program = host / "host"
     call("cc", host / "host.c", f"-I{include}", *libs.split(" "), "-o", program)
     assert call(program) == SAID
+
+
+def test_a_plugin_is_closed_before_its_threads_end(wheel, tmp_path):
+    include, cmake, _ = wheel
+    (tmp_path / "plugin.c").write_text(PLUGIN)
+    program = tmp_path / "plugin"
+    call("cc", tmp_path / "plugin.c", f"-I{include}", "-ldl", "-pthread", "-o", program)
+    assert call(program, Path(cmake).parents[1] / "liblora_engine.so") == "6 -3 0\n" * 2
 
 
 @pytest.mark.parametrize("where", ["prefix", "wheel"])

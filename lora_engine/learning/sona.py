@@ -172,6 +172,7 @@ class Sona:
         if quality is not None or type(feedback) is not Feedback or feedback.quality is not None:
             q = _quality(feedback, quality)
         held, observe, why = None, False, ""
+        step = m.step if feedback.quality is None else m.quality_step
         with m.lock:
             grad, outcome, norm = feedback.gradient, ops.NO_ADAPTER, 0.0
             if grad is None:
@@ -181,7 +182,7 @@ class Sona:
                 observe = self._pending + rows <= self.config.max_pending_samples
                 if observe and m.held_out.is_next():
                     held = m.held_out_target(x, grad, session)
-                fast, outcome, norm = m.adapt(x, grad, session, m.step, observe)
+                fast, outcome, norm = m.adapt(x, grad, session, step, observe)
             if feedback.quality is not None:
                 m.rate(session, feedback.quality)
                 if feedback.needs_trace:
@@ -195,7 +196,7 @@ class Sona:
                 if m.mean_inputs:
                     fast.inputs += as_float32(x).reshape(-1, m.in_features).sum(0)
             elif grad is not None and not applied:
-                why = ops.NOTES[outcome]
+                why = ops.NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
             with self._lock:
                 self._instants += 1
                 if not applied:
@@ -361,7 +362,8 @@ def _quality(feedback: Any, quality: Any) -> float:
         got = type(feedback).__name__
         raise TypeError(f"Sona.instant_adapt: feedback: expected a Feedback, got {got}")
     if quality is None:
-        return 1.0 if feedback.quality is None else float(feedback.quality.mean())
+        rated = feedback.quality
+        return 1.0 if rated is None else float(rated.mean()) if len(rated) else 0.0
     try:
         q = float(quality)
     except (TypeError, ValueError):

@@ -189,6 +189,25 @@ static void out_of_memory(void) {
   }
 }
 
+/* In steady state nothing is allocated where a host serves and teaches. */
+static void steady(void) {
+  static le_status (*const served[])(Fixture *) = {
+      delta,      forward,        forward_slot, shrink, linear,   linear_backward, decode, adapt,
+      adapt_slot, adapt_observed, gradient,     apply,  ewc_step, accumulate,      encode, factors};
+  Fixture f;
+  fixture(&f);
+  for (size_t i = 0; i < sizeof served / sizeof *served; ++i) {
+    long before = 0;
+    for (int call = 0; call < 20; ++call) {
+      if (call == 4) before = malloc_total(); /* the history's two blocks are there */
+      CHECK(served[i](&f) == LE_OK);
+    }
+    CHECK(malloc_total() == before);
+    if (malloc_total() != before) printf("call %d allocates\n", (int)i);
+  }
+  fixture_done(&f);
+}
+
 static long resident(void) {
   long pages = 0, here = 0;
   FILE *file = fopen("/proc/self/statm", "r");
@@ -228,6 +247,7 @@ static void does_not_grow(long times) {
 int main(int argc, char **argv) {
   out_of_memory();
   printf("%d calls: %ld allocations failed, %ld of them did without\n", CALLS, injected, survived);
+  steady();
   does_not_grow(argc > 1 ? atol(argv[1]) : 1000000);
   printf("%ld checks, %ld failed\n", checks, failures);
   return failures != 0 || injected < 100;
