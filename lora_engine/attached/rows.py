@@ -93,9 +93,8 @@ class Rows:
                     slots[i][j], weights[i][j] = placed.number, weight
         plain = all(w == 1.0 for row in weights for w in row)
         self.traced = traced(slots, weights, uniform, repeat, device)
-        numbers, factors = (t[: len(slots), :width].contiguous() for t in self.traced[:2])
-        self.numbers = numbers
-        self.weights = None if plain else factors
+        self.numbers = self.traced.numbers[: len(slots), :width].contiguous()
+        self.weights = None if plain else self.traced.weights[: len(slots), :width].contiguous()
         self.in_pools = frozenset(p.number for p in named if p not in by_torch)
         parts = []
         for placed, (at, with_) in named.items():

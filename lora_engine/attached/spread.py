@@ -39,7 +39,7 @@ def traced(
     layout = _layout(2 if uniform else 3 + len(numbers), 1 + repeat, device)
     return Traced(
         _open(torch.tensor(_padded(numbers, 0), dtype=torch.int32, device=device), 0, 1),
-        _open(torch.tensor(_padded(weights, 1.0), device=device), 0, 1),
+        _open(torch.tensor(_padded(weights, 1.0), dtype=torch.float32, device=device), 0, 1),
         layout,
     )
 
