@@ -115,6 +115,7 @@ def test_rows_are_spread_over_elements_and_their_repeats():
         got = torch.ops.lora_engine.spread_rows(table, *rows, batch, per)
         assert got[0].tolist() == ids
         assert got[1].tolist() == weights
+        assert all(t.is_contiguous() for t in got)  # as the compiler is told
     for rows, batch in ((two, 3), (two, 1), (one, 2)):
         with pytest.raises(ValueError, match=f"each of the {batch} elements"):
             torch.ops.lora_engine.spread_rows(table, *rows, batch, 1)

@@ -66,7 +66,7 @@ def calls(pool, w):
         "nf4_linear_backward": (grad, w.handle.shape[0], IN),
         "nf4_linear_backward, adapters": (grad, w.handle.shape[0], IN, number, then, IDS),
         "spread_rows": (slots(-1, 4, 5), *traced([[1, 0], [2, 1]], [[0.5, 1.0]] * 2), 4, 3),
-        "spread_rows, one row for all": (slots(-1, 4), *traced([[1]], [[0.5]], True), 1, 1),
+        "spread_rows, one row for all": (slots(-1, 4), *traced([[1]], [[0.5]], True), 4, 3),
     }  # fmt: skip
 
 

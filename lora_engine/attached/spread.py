@@ -78,13 +78,13 @@ def spread_out(
 ) -> tuple[Tensor, Tensor | None]:
     """New (ids, weights) [elements per, k], of numbers and weights [elements, k], or [1, k] for
     all."""
-    count, width = numbers.shape
-    shape = (elements, per, width)
-    ids = table[numbers].view(count, 1, width).expand(shape).reshape(-1, width)
-    if weights is not None:
-        weights = weights.view(count, 1, width).expand(shape)
-        weights = weights.clone(memory_format=torch.contiguous_format).view(-1, width)
-    return ids, weights
+
+    def spread(rows: Tensor) -> Tensor:
+        count, width = rows.shape
+        found = rows.view(count, 1, width).expand(elements, per, width)
+        return found.clone(memory_format=torch.contiguous_format).view(-1, width)
+
+    return spread(table[numbers]), None if weights is None else spread(weights)
 
 
 def _spread(
