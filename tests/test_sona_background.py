@@ -13,7 +13,7 @@ from helpers_sona import IN, OUT, config, module, row, served, taught
 
 import lora_engine as le
 from lora_engine.learning import background, consolidation
-from lora_engine.learning.sona_config import STRATEGIES
+from lora_engine.learning.consolidation import STRATEGIES
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
