@@ -22,6 +22,7 @@ double largest_step(int32_t dtype) { return dtype == LE_FLOAT16 ? 3e4 : 1e38; }
 struct Outcome {
   le_outcome what = LE_NO_ADAPTER;
   double grad_norm = 0;
+  double x_norm2 = -1, grad_norm2 = -1;  // of the samples, where the step needed them
 };
 
 Block *history_target(AdapterPool &pool, Slot &slot) {
@@ -138,8 +139,13 @@ Outcome adapt_slot(const Kernels &k, AdapterPool &pool, int32_t id, Slot &slot,
   GradientBuffers &b = buffers();
   const Block &block = *slot.current;
   const GradientRow *rows;
+  double x_norm2 = -1, grad_norm2 = -1;
   if (samples.count == 1) {
     rows = one_sample(k, pool, block, samples, b);
+    if (pool.num_slices() == 1 && block.ranks[0]) {
+      x_norm2 = rows[0].norm2;
+      grad_norm2 = rows[block.ranks[0]].norm2;
+    }
   } else {
     int64_t elements = pool.elements(block);
     float *gradient = b.gradient.get(elements);
@@ -147,7 +153,10 @@ Outcome adapt_slot(const Kernels &k, AdapterPool &pool, int32_t id, Slot &slot,
     add_gradient(k, pool, block, samples, gradient, b);
     rows = buffered(k, pool, block, gradient, 1.0f / static_cast<float>(samples.rows), b);
   }
-  return step_slot(k, pool, id, slot, rows, step, ewc);
+  Outcome result = step_slot(k, pool, id, slot, rows, step, ewc);
+  result.x_norm2 = x_norm2;
+  result.grad_norm2 = grad_norm2;
+  return result;
 }
 
 void check_step(const char *op, const AdapterPool &pool, const le_step &step, const Ewc *ewc) {
@@ -205,11 +214,13 @@ Rows checked_sums(const char *op, const char *arg, const le_array *array, const 
   return rows;
 }
 
-// Whether float32 sums of very many such samples are finite.
-bool can_be_summed(const Kernels &k, const Rows &samples, Scratch<float> &copy) {
+// Whether float32 sums of very many such samples are finite. squares: their sum, or -1 where it
+// is yet to be made.
+bool can_be_summed(const Kernels &k, const Rows &samples, double squares, Scratch<float> &copy) {
   constexpr double kLargest = 1e30;
+  if (squares >= 0) return squares <= kLargest;
   float *row = copy.get(samples.width);
-  double squares = 0;
+  squares = 0;
   for (int64_t i = 0; i < samples.n; ++i)
     squares += norm_squared(k, float_row(k, samples, i, row), samples.width);
   return squares <= kLargest;
@@ -289,8 +300,8 @@ void pool_adapt_slot(AdapterPool &pool, int32_t id, const le_array *x, const le_
   if (samples.count) result = adapt_slot(kernels(), pool, id, held.slot, samples, step, ewc);
   if (result.what == LE_APPLIED && sums.u) {
     const Kernels &k = kernels();
-    if (can_be_summed(k, samples.grad, buffers().grad) &&
-        can_be_summed(k, samples.x, buffers().x)) {
+    if (can_be_summed(k, samples.grad, result.grad_norm2, buffers().grad) &&
+        can_be_summed(k, samples.x, result.x_norm2, buffers().x)) {
       add_squares(k, samples.grad, u.row(id), buffers().grad);
       add_squares(k, samples.x, v.row(id), buffers().x);
     } else {

@@ -30,6 +30,9 @@ NOTES = {
 }
 
 
+NO_ROWS = "x has no rows: nothing was learned"
+
+
 class BatchedAdaptResult(NamedTuple):
     """What became of each row: applied [n] bool, and in words what was not. On a GPU applied
     is a tensor there, which the host has not waited for."""

@@ -116,6 +116,28 @@ def test_what_is_no_feedback_is_refused():
     assert (len(buffer), buffer.received) == (0, 0)
 
 
+def test_a_quality_needs_its_own_direction():
+    """The thread that trains has traces of its own, of other outputs."""
+    lora = trained()
+    pipe = le.TrainingPipeline(le.TrainingConfig(learning_rate=0.05, max_grad_norm=None))
+    pipe.init_for_lora(lora)
+    pipe.train_step(lora, X, le.Feedback.from_quality(0.5), "q")
+    buffer = le.FeedbackBuffer()
+    lora.forward(X, "q", explore=0.1)
+    with pytest.raises(ValueError, match=r"^FeedbackBuffer.put: .* a trace or an output"):
+        buffer.put(X, le.Feedback.from_quality(1.0), "q")
+    assert (len(buffer), buffer.received) == (0, 0)
+    _, trace = lora.forward(X, "q", explore=0.1, return_trace=True)
+    lora.forward(X, "q", explore=0.1)
+    noise = trace.noise.copy()
+    buffer.put(X, le.Feedback.from_quality(1.0, trace=trace), "q")
+    trace.noise[:] = np.nan  # its memory may be used again
+    before = lora.forward(X, "q")
+    assert pipe.train_buffer(lora, buffer) == (1, 0, ())
+    assert (lora.forward(X, "q") - before) @ noise > 0
+    assert pipe.train_step(lora, X, le.Feedback.from_quality(0.9), "q").applied  # its own trace
+
+
 def test_a_pipeline_learns_from_it_as_from_steps():
     lora, other = trained(), trained()
     pipes = []

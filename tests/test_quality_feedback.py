@@ -11,7 +11,7 @@ from helpers import bits, f64, to_dtype
 from helpers_files import trained, weight_bits
 
 import lora_engine as le
-from lora_engine import reference
+from lora_engine import ops, reference
 from lora_engine.adapters.exploration import Trace
 from lora_engine.learning import feedback as notes
 
@@ -149,17 +149,75 @@ def test_a_constant_quality_teaches_nothing():
     assert weight_bits(lora) == before
 
 
-@pytest.mark.parametrize("qualities", ["constant", "random", "alternating"])
-@pytest.mark.parametrize("way", ["trace", "output"])
-def test_ten_thousand_steps_stay_bounded(qualities, way):
-    lora, rng = trained(IN, OUT), np.random.default_rng(0)
-    x, output = row(), row(width=OUT, seed=1)
-    for step in range(10_000):
+def _door(way):
+    """(forward, learn by a feedback) of an adapter that learns with a rate of 0.01."""
+    if way == "sona":
+        micro = le.MicroLoRAConfig(IN, OUT, target_modules=("q",))
+        sona = le.Sona(le.SonaConfig(micro_lora=micro, instant_lr=0.01, max_grad_norm=1e6))
+        return sona.forward, sona.instant_adapt
+    lora = trained(IN, OUT)
+    if way == "train_step":
+        pipe = le.TrainingPipeline(
+            le.TrainingConfig(learning_rate=0.01, max_grad_norm=None, ewc_lambda=None)
+        )
+        pipe.init_for_lora(lora)
+        return lora.forward, lambda x, fb: pipe.train_step(lora, x, fb, "q")
+    if way == "adapt":
+        return lora.forward, lambda x, fb: lora.adapt(x, fb, "q", lr=0.01)
+
+    def accumulates(x, feedback):
+        if lora.adapt(x, feedback, "q").applied:
+            lora.apply_updates(0.01)
+
+    return lora.forward, accumulates
+
+
+@pytest.mark.parametrize("door", ["adapt", "apply_updates", "train_step", "sona"])
+@pytest.mark.parametrize(
+    ("qualities", "direction", "steps"),
+    [("random", "trace", 10_000), ("alternating", "trace", 1000), ("constant", "trace", 500),
+     ("random", "output", 1000)],
+)  # fmt: skip
+def test_ten_thousand_steps_stay_bounded(qualities, direction, steps, door):
+    forward, learn = _door(door)
+    rng = np.random.default_rng(0)
+    x, output = row(), row(width=OUT, seed=1) if direction == "output" else None
+    for step in range(steps):
         quality = {"constant": 1.0, "random": rng.random(), "alternating": step % 2}[qualities]
-        lora.forward(x, "q", explore=0.1)
-        feedback = from_quality(quality, output=output if way == "output" else None)
-        lora.adapt(x, feedback, "q", lr=0.01)
-    assert np.abs(lora.forward(x, "q")).max() < 30.0
+        if output is None:
+            forward(x, "q", explore=0.1)
+        learn(x, from_quality(quality, output=output))
+    assert np.abs(forward(x, "q")).max() < 30.0
+
+
+@pytest.mark.parametrize("n", [None, 3])
+@pytest.mark.parametrize("sigma", [0.01, 50.0])
+def test_every_door_clips_a_quality_the_same_way(n, sigma):
+    """sigma: so small that the norm is above 1, so large that it is below."""
+    x = row(n=n)
+    moved = []
+    for door in ("adapt", "apply_updates", "train_step"):
+        lora = with_baseline(0.25)
+        if door == "train_step":
+            options = {"batch_size": n or 1, "max_grad_norm": None, "ewc_lambda": None}
+            pipe = le.TrainingPipeline(le.TrainingConfig(learning_rate=0.1, **options))
+            pipe.init_for_lora(lora)
+        _, trace = lora.forward(x, "q", explore=sigma, return_trace=True)
+        feedback = from_quality(0.75, trace=trace)
+        before = np.concatenate([part.ravel() for part in lora.weights("q")[:2]])
+        if door == "adapt":
+            norm = lora.adapt(x, feedback, "q", lr=0.1).grad_norm
+        elif door == "apply_updates":
+            lora.adapt(x, feedback, "q")
+            lora.apply_updates(0.1)
+        else:
+            pipe.train_step(lora, x, feedback, "q")
+        after = np.concatenate([part.ravel() for part in lora.weights("q")[:2]])
+        moved.append((after - before) / 0.1)
+    assert (norm > 1.0) is (sigma < 1.0)
+    assert np.linalg.norm(moved[0]) == pytest.approx(min(norm, 1.0), rel=1e-4)
+    for other in moved[1:]:
+        assert np.allclose(other, moved[0], atol=1e-5)
 
 
 def test_baselines_are_of_a_module_and_travel_with_the_folder(tmp_path):
@@ -218,16 +276,42 @@ def test_exploring_is_differentiated_through():
     assert isinstance(trace.noise, torch.Tensor)
 
 
+def test_a_refused_call_keeps_the_trace():
+    lora, x = with_baseline(0.5), row()
+    lora.forward(x, "q", explore=0.1)
+    with pytest.raises(ValueError, match="q: expected 1 or 1 numbers"):
+        lora.adapt(x, from_quality([0.1, 0.2]), "q", lr=0.1)
+    assert lora.adapt(x, from_quality(0.9), "q", lr=0.1).applied
+
+
+@pytest.mark.filterwarnings("error")
+def test_qualities_of_no_rows():
+    x = row(n=1)[:0]
+    lora, sona = with_baseline(0.5), le.Sona(le.SonaConfig(
+        micro_lora=le.MicroLoRAConfig(IN, OUT, target_modules=("q",))))  # fmt: skip
+    for result in (lora.adapt(x, from_quality([]), "q", lr=0.1),
+                   lora.adapt(x, from_quality([]), "q"),
+                   sona.instant_adapt(x, from_quality([]))):  # fmt: skip
+        assert (result.applied, result.note) == (False, ops.NO_ROWS)
+    assert lora._modules["q"].baseline.value == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quality_that_autograd_records_is_a_number(dtype):
+    q = torch.tensor([0.5, 0.25], dtype=dtype, requires_grad=True)
+    assert from_quality(q).quality.tolist() == [0.5, 0.25]
+
+
 # ---- refusals: nothing changes ----
 
 
-@pytest.mark.parametrize("q", [-0.1, 1.1, float("nan"), None, [0.5, 2.0], [[0.5]]])
+@pytest.mark.parametrize("q", [-0.1, 1.1, float("nan"), [0.5, 2.0], [[0.5]]])
 def test_quality_outside_its_range(q):
     with pytest.raises(ValueError, match=r"Feedback.from_quality: q: expected a number in 0..1"):
         from_quality(q)
 
 
-@pytest.mark.parametrize("q", ["good", object()])
+@pytest.mark.parametrize("q", ["good", "0.5", ["0.5"], None, [0.5, None], [[0.1], 0.2], object()])
 def test_quality_that_is_no_number(q):
     with pytest.raises(TypeError, match=r"Feedback.from_quality: q: expected numbers"):
         from_quality(q)

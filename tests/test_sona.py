@@ -280,5 +280,8 @@ def test_presets_are_the_guides():
     assert [p.max_pending_samples for p in presets.values()] == [1000, 1000, 1000, 100]
     base = presets["balanced"].ewc_lambda
     assert [p.ewc_lambda for p in presets.values()] == [0.0, base, 5 * base, base]
+    changed = le.SonaConfig.preset("high_quality", 64, ewc_lambda=3.0, max_pending_samples=7)
+    assert (changed.ewc_lambda, changed.max_pending_samples) == (3.0, 7)
+    assert changed.micro_lora == presets["high_quality"].micro_lora
     with pytest.raises(ValueError, match=r"SonaConfig.preset: name: expected one of low_latency"):
         le.SonaConfig.preset("fast")

@@ -209,6 +209,15 @@ def test_a_store_that_is_held_and_a_port_that_is_taken_end_it_before_the_encodin
     assert f"demo: serve: [Errno 98] port {taken.server_port}:" in capsys.readouterr().err
 
 
+def test_a_store_that_another_run_holds_is_left_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "Encoder", lambda *_: pytest.fail("it encodes"))
+    with reloaded.open_store(tmp_path / "text", WIDTH) as store:
+        store.pool.set(store.slot("a"), np.ones((8, WIDTH), "f4"), np.ones((WIDTH, 8), "f4"), 1.0)
+        assert report.run(tmp_path) == 2
+        assert "demo: " in capsys.readouterr().err
+        assert store.flush() == 1
+
+
 def test_a_port_that_is_none(capsys):
     assert serve.run(70000) == 2
     assert "expected a port" in capsys.readouterr().err

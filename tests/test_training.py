@@ -200,6 +200,31 @@ def test_ctrl_c_ends_the_step_and_training_goes_on_from_there(optimizer, monkeyp
         assert weight_bits(one) == weight_bits(other)
 
 
+@pytest.mark.parametrize("after", [4, 12])
+def test_ctrl_c_keeps_the_best_weights_and_its_checkpoint_goes_on(after, monkeypatch, tmp_path):
+    """Pressed while the best epoch is the last one measured, and after a worse one."""
+    given, held = diverging()
+    config = {"learning_rate": 0.02, "max_grad_norm": None}
+    whole, plain = started(**config)
+    history = plain.train(whole, given, module="q", epochs=12, validation=held)
+    best = history.best_epoch
+    assert 0 < best < 12
+    lora, pipe = started(**config)
+    press_at(monkeypatch, pipe, 8 * best + after)
+    path = tmp_path / "checkpoint"
+    with pytest.raises(KeyboardInterrupt):
+        pipe.train(lora, given, module="q", epochs=12, validation=held, checkpoint=path)
+    done = pipe.steps("q") // 8
+    assert done == best + (after > 8)
+    assert weight_bits(lora) == weight_bits(whole)
+    resumed, again = started(**config)
+    again.load(resumed, path)
+    assert weight_bits(resumed) != weight_bits(whole)
+    rest = again.train(resumed, given, module="q", epochs=12 - done, validation=held)
+    assert rest[1:3] == history[1:3]
+    assert weight_bits(resumed) == weight_bits(whole)
+
+
 def test_an_epoch_of_other_samples_is_not_gone_on_with(monkeypatch):
     lora, pipe = started()
     press_at(monkeypatch, pipe, 2)
@@ -330,6 +355,14 @@ def test_gradients_that_wait_are_not_mixed_in():
         pipe.train(lora, samples(4), module="q")
     pipe.flush(lora)
     assert pipe.train(lora, samples(4), module="q").steps == 2
+
+
+def test_a_folder_for_the_checkpoint_is_looked_for_first(tmp_path):
+    lora, pipe = started()
+    path = tmp_path / "missing" / "checkpoint"
+    with pytest.raises(FileNotFoundError, match=r"^TrainingPipeline.train: checkpoint: expected"):
+        pipe.train(lora, samples(5), module="q", checkpoint=path)
+    assert pipe.steps("q") == 0
 
 
 def test_embeddings_may_be_lists_tensors_and_wider_floats():

@@ -95,6 +95,38 @@ def test_resumed_epochs_give_the_same_bits(optimizer, tmp_path):
     assert weight_bits(other) == weight_bits(lora)
 
 
+@OPTIMIZERS
+def test_resumed_validation_gives_the_same_bits(optimizer, monkeypatch, tmp_path):
+    """Cut after an epoch that is worse than the best: the best weights, losses and patience."""
+    given = samples(8, quality=1.0)
+    held = [s._replace(output_embedding=0.3 * s.output_embedding) for s in given]
+    options = {"module": "q", "validation": held, "patience": 6}
+    rates = {"total_steps": 60, "learning_rate": 0.3 if optimizer == "sgd" else 0.1}
+    lora, pipe = made(optimizer, **rates)
+    history = pipe.train(lora, given, epochs=12, **options)
+    assert 0 < history.best_epoch < 11
+    other, cut = made(optimizer, **rates)
+    save, saved = checkpoint.save, []
+
+    def saves(*args):
+        save(*args)
+        saved.append(1)
+        if len(saved) == history.best_epoch + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", saves)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train(other, given, epochs=12, checkpoint=tmp_path / "half", **options)
+    monkeypatch.undo()
+    resumed, again = made(optimizer, **rates)
+    again.load(resumed, tmp_path / "half")
+    rest = again.train(resumed, given, epochs=12 - len(saved), **options)
+    assert rest[1:3] == history[1:3]
+    assert rest.stopped == history.stopped
+    assert len(history.losses) == len(saved) + len(rest.losses)
+    assert whole_state(resumed, again, tmp_path / "a") == whole_state(lora, pipe, tmp_path / "b")
+
+
 def by_quality(lora, pipe, first: int, last: int) -> None:
     for i in range(first, last):
         x, y = drawn(1, i)[0]
@@ -275,13 +307,15 @@ def rewritten(kept, path, tensors=None, **state):
     return path
 
 
-MODULE = {"steps": 1, "adapts": 1, "waiting": 1, "refused": 0}
+MODULE = {"steps": 1, "adapts": 1, "waiting": 1, "refused": 0, "rated": False}
+KEPT = {"best.A": np.ones((2, 7), "f4"), "best.B": np.ones((5, 2), "f4")}
+BEST = {"digest": "q: 1 2", "epoch": 0}
 
 
 @pytest.mark.parametrize(
     ("match", "changes"),
     [
-        ("format: expected 1, got 2", {"format": 2}),
+        ("format: expected 2, got 1", {"format": 1}),
         ("TrainingConfig: expected an object, got None", {"TrainingConfig": None}),
         ("modules: expected an object", {"modules": []}),
         ("modules: k: expected steps", {"modules": {"q": MODULE}}),
@@ -293,6 +327,15 @@ MODULE = {"steps": 1, "adapts": 1, "waiting": 1, "refused": 0}
          {"modules": {"q": {**MODULE, "baseline": 1.5}, "k": MODULE}}),
         ("modules: q: baseline: expected a number",
          {"modules": {"q": {**MODULE, "baseline": True}, "k": MODULE}}),
+        ("modules: q: rated: expected true",
+         {"modules": {"q": {**MODULE, "rated": 1}, "k": MODULE}}),
+        ("best: expected digest", {"best": {"epoch": 0}}),
+        ("best: digest: expected one of a module", {"best": {**BEST, "digest": "v: 1 2"}}),
+        ("best.A: expected finite float32 .2, 7.", {"best": BEST}),
+        ("best.losses: expected float64", {"best": BEST, "tensors": KEPT}),
+        ("best: epoch: expected a number from 0 to 1",
+         {"best": {**BEST, "epoch": 2}, "tensors": {**KEPT, "best.losses": np.ones(2)}}),
+        ("best.A: expected the tensors of the conf", {"tensors": KEPT}),
         ("exploration: expected state", {"exploration": None}),
         ("exploration: state: expected a number of 128 bits",
          {"exploration": {"state": 1 << 128, "has_uint32": 0, "uinteger": 0}}),

@@ -259,7 +259,8 @@ def merge_adapters(
     - "ties", "dare_ties": A_i and B_i trimmed, or dropped as in DARE, then a sign elected and
       averaged for each element of A and of B (TIES: Yadav et al. 2023, arXiv:2306.01708,
       algorithm 1), sqrt(|w_i s_i|) on either side. Ranks must be equal. Elements of factors have
-      a meaning in common only where adapters share their start.
+      a meaning in common only where adapters share their start. Weights here, and of "ties_svd",
+      scale what is averaged, as in PEFT: an adapter with itself is itself at 1 each, half at 0.5.
     - "ties_svd": TIES on the D_i themselves, which are made in blocks of rows; takes one dense
       float32 [out, in] and some blocks of 16 MB an adapter. rank=None: the largest of the ranks.
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from lora_engine.learning.feedback import Feedback
 
 QUALITY_MAX_NORM = 1.0  # of gA and gB together, in a step by quality
-_NO_ROWS = "x has no rows: nothing was learned"
 _APPLIED = ops.APPLIED
 _new = tuple.__new__  # a third of the cost of a NamedTuple's own constructor
 
@@ -178,10 +177,10 @@ class MicroLoRA:
     ) -> AdaptResult:
         """Learns from feedback on the output of ``forward(x, module)``.
 
-        With lr, one step at once (several rows: of their mean gradient; by a quality: clipped
-        to a norm of 1), under the penalty of ``ewc`` if given; without, the gradient is kept
-        for ``apply_updates``, which takes the penalty. Where the gradient holds NaN or Inf
-        nothing changes and the result says so.
+        With lr, one step at once (several rows: of their mean gradient), under the penalty of
+        ``ewc`` if given; without, the gradient is kept for ``apply_updates``, which takes the
+        penalty. A step that a quality has a part in is clipped to a norm of 1, here or there.
+        Where the gradient holds NaN or Inf nothing changes and the result says so.
         """
         start = perf_counter()
         m = self._modules.get(module) or self._module(module)
@@ -203,7 +202,7 @@ class MicroLoRA:
         if outcome == _APPLIED:
             note = ""
         else:
-            note = _NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
+            note = ops.NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
         latency = (perf_counter() - start) * 1e6
         return _new(AdaptResult, (outcome == _APPLIED, note, latency, norm))
 
@@ -223,7 +222,7 @@ class MicroLoRA:
         if grad is None:
             outcome, norm = ops.NO_ADAPTER, 0.0
         else:
-            outcome, norm = self._take_gradient(x, grad, m, lr, step)
+            outcome, norm = self._take_gradient(x, grad, m, lr, step, rated=True)
             why = ops.NOTES[outcome]
         self._rate(feedback, module, m)
         return AdaptResult(outcome == _APPLIED, why, (perf_counter() - start) * 1e6, norm)
@@ -242,13 +241,14 @@ class MicroLoRA:
             self._explorer.take(module)
 
     def _take_gradient(
-        self, x: Any, grad: Any, m: _Module, lr: float | None, step: Any
-    ) -> tuple[int, float]:
+        self, x: Any, grad: Any, m: _Module, lr: float | None, step: Any,
+        rated: bool = False,
+    ) -> tuple[int, float]:  # fmt: skip
         """Steps by a gradient, or keeps it where lr is None: (outcome, its norm)."""
         if self._dropout:
             x = self._dropped(x, m)
         if lr is None:
-            outcome, norm, rows = m.accumulate(x, grad)
+            outcome, norm, rows = m.accumulate(x, grad, rated=rated)
             norm /= max(rows, 1)
         else:
             outcome, norm = m.adapt_slot(x, grad, m.slot, step)
@@ -296,7 +296,10 @@ class MicroLoRA:
         for name, m in self._modules.items():
             if m.refused:
                 notes.append(f"{name}: {m.refused} gradients with NaN or Inf were left out")
-            outcome, norm = m.apply(step or _penalised(ewc, m, lr))
+            if m.rated:
+                outcome, norm = m.apply(self._quality_step_of(m, lr, ewc))
+            else:
+                outcome, norm = m.apply(step or _penalised(ewc, m, lr))
             if outcome == ops.NO_ADAPTER:
                 continue
             applied = applied or outcome == ops.APPLIED

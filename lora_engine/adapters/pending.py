@@ -19,12 +19,16 @@ class PendingGradient:
         self.gradient: np.ndarray | None = None
         self.samples = 0
         self.refused = 0  # gradients with NaN or Inf, which were not added
+        self.rated = False  # whether a quality has a part in it: the step is to be bounded
         self._lock = threading.Lock()
 
-    def accumulate(self, x: Any, grad: Any, h: Any = None) -> tuple[int, float, int]:
-        """Adds a gradient to what waits, and gives (outcome, norm of the sum, rows).
+    def accumulate(
+        self, x: Any, grad: Any, h: Any = None, rated: bool = False
+    ) -> tuple[int, float, int]:
+        """Adds a gradient to what waits, and gives (outcome, norm of its sum over rows, rows).
 
-        h: A x where it was kept. A gradient with NaN or Inf is not added.
+        h: A x where it was kept. rated: it is of a quality. A gradient with NaN or Inf is not
+        added.
         """
         with self._lock:
             if self.gradient is None:
@@ -34,6 +38,7 @@ class PendingGradient:
             rows = x.shape[0] if x.ndim == 2 else 1
             if outcome == ops.APPLIED:
                 self.samples += rows
+                self.rated = self.rated or rated
             self.refused += outcome == ops.NOT_FINITE
         return outcome, norm, rows
 
@@ -64,3 +69,4 @@ class PendingGradient:
         if self.gradient is not None:
             self.gradient.fill(0.0)
         self.samples = self.refused = 0
+        self.rated = False

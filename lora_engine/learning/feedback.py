@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lora_engine import ops
+
 if TYPE_CHECKING:
     from lora_engine.adapters.exploration import Trace
     from lora_engine.adapters.micro_lora import MicroLoRA
@@ -63,14 +65,20 @@ class Feedback(NamedTuple):
         an output that was better than usual, and away from one that was worse.
 
         b: the adapter's and module's moving average of q (0.9), updated after use; the first
-        call only sets it. With neither trace nor output nothing can be learned but b, and the
-        result says so. Raises TypeError, or ValueError for a q outside 0..1, and for both an
-        output and a trace.
+        call only sets it. Noise that nothing answers to would let an adapter grow without end:
+        whoever takes a step that a quality has a part in clips its gradient, of A and B together
+        and the mean over the rows, to a norm of 1. With neither trace nor output nothing can be
+        learned but b, and the result says so.
+
+        Raises TypeError, or ValueError for a q outside 0..1, and for both an output and a trace.
         """
         try:
-            quality = np.atleast_1d(np.asarray(q, np.float64))
-        except (TypeError, ValueError):
-            raise TypeError(f"Feedback.from_quality: q: expected numbers, got {q!r}") from None
+            given = np.asarray(q.detach().double().cpu() if hasattr(q, "detach") else q)
+        except ValueError:  # rows of different lengths
+            given = np.array(None)
+        if given.dtype.kind not in "biuf":
+            raise TypeError(f"Feedback.from_quality: q: expected numbers, got {q!r}")
+        quality = np.atleast_1d(given.astype(np.float64))
         if quality.ndim != 1 or not ((quality >= 0.0) & (quality <= 1.0)).all():
             raise ValueError(
                 f"Feedback.from_quality: q: expected a number in 0..1, or [n] of them, got {q!r}"
@@ -111,6 +119,8 @@ class Feedback(NamedTuple):
                 f"Feedback.from_quality: q: expected 1 or {rows} numbers, as x has rows,"
                 f" got {len(self.quality)}"
             )
+        if not rows:
+            return None, ops.NO_ROWS
         direction, why = self._direction(lora, x, module, self.trace or trace)
         if direction is None:
             return None, why

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_engine.adapters.exploration import Trace
 from lora_engine.learning.feedback import Feedback
 
 
@@ -22,6 +23,8 @@ class Waiting(NamedTuple):
 
 def _owned(value: Any) -> Any:
     """A copy of an array or tensor, as who serves may use its memory again."""
+    if isinstance(value, Trace):
+        return value._replace(noise=_owned(value.noise))
     if hasattr(value, "detach"):
         return value.detach().clone()
     return value.copy() if isinstance(value, np.ndarray) else value
@@ -68,11 +71,18 @@ class FeedbackBuffer:
     def put(self, x: Any, feedback: Any, module: str) -> bool:
         """Keeps copies of x and of the feedback's arrays; False, keeping nothing, once closed.
 
-        Raises TypeError for what is no Feedback. Shapes are checked where it is learned.
+        Raises TypeError for what is no Feedback, ValueError for a quality with neither a trace
+        (``forward(explore=, return_trace=True)``) nor an output: the thread that trains has not
+        explored. Shapes are checked where it is learned.
         """
         if not isinstance(feedback, Feedback):
             got = type(feedback).__name__
             raise TypeError(f"FeedbackBuffer.put: feedback: expected a Feedback, got {got}")
+        if feedback.needs_trace:
+            raise ValueError(
+                "FeedbackBuffer.put: feedback: expected a trace or an output with a quality, got"
+                " neither: forward(explore=, return_trace=True) gives one"
+            )
         item = Waiting(_owned(x), Feedback(*map(_owned, feedback)), module)
         with self._arrived:
             if self._closed:

@@ -25,6 +25,7 @@ class HeldOut:
         self.target = np.zeros((size, out_features), np.float32)
         self._seed = [*seed]
         self._drawn, self._places = -1, b""
+        self._ten, self._next = range(0), -1  # samples of a ten, and which of them is held out
         self.clear()
 
     def clear(self) -> None:
@@ -34,12 +35,18 @@ class HeldOut:
 
     def is_next(self) -> bool:
         """Whether the next sample is to be held out; the caller counts it in ``seen``."""
-        ten, place = divmod(self.seen, self.EVERY)
+        if self.seen not in self._ten:
+            self._begin(self.seen // self.EVERY)
+        return self.seen == self._next
+
+    def _begin(self, ten: int) -> None:
         if ten // self._TENS != self._drawn:
             self._drawn = ten // self._TENS
             drawn = np.random.default_rng([*self._seed, self._drawn])
             self._places = drawn.integers(self.EVERY, size=self._TENS, dtype=np.uint8).tobytes()
-        return place == self._places[ten % self._TENS]
+        first = ten * self.EVERY
+        self._ten = range(first, first + self.EVERY)
+        self._next = first + self._places[ten % self._TENS]
 
     def add(self, x: Array, target: Array) -> None:
         """x [n, in] and target [n, out], or one of each."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lora_engine import ops
-from lora_engine.adapters.micro_lora import MicroLoRA
+from lora_engine.adapters.micro_lora import QUALITY_MAX_NORM, MicroLoRA
 from lora_engine.learning import checkpoint as checkpoints
 from lora_engine.learning import training
 from lora_engine.learning.feedback import Feedback
@@ -18,14 +18,13 @@ from lora_engine.learning.feedback_buffer import FeedbackBuffer
 from lora_engine.learning.optimizers import F32, OPTIMIZERS, norm_of
 from lora_engine.learning.protection import Protection
 from lora_engine.learning.schedules import Schedule
-from lora_engine.learning.training import SampleOrder, TrainingHistory
+from lora_engine.learning.training import Best, SampleOrder, TrainingHistory
 from lora_engine.learning.training_config import TrainingConfig
 from lora_engine.learning.training_samples import TrainingSample
 
 if TYPE_CHECKING:
     from lora_engine.adapters.micro_lora import _Module
 
-_NO_ROWS = "x has no rows: nothing was learned"
 _RATE_IS_ZERO = "the learning rate is 0 at step {}: the batch was dropped"
 
 
@@ -121,6 +120,7 @@ class TrainingPipeline:
             m.clear()
             self._tracks[name] = _Track(0, self._optimizer.start(m.storage.gradient_size(m.slot)))
         self._order = SampleOrder(self.config.seed)
+        self._best: Best | None = None  # of a train that was cut short
         self._lora = lora
 
     def _check_lora(self, op: str, lora: MicroLoRA) -> None:
@@ -167,8 +167,8 @@ class TrainingPipeline:
             grad = feedback.output_gradient(lora, x, module)
         outcome, norm = ops.NO_ADAPTER, 0.0
         if grad is not None:
-            outcome, norm = self._accumulate(m, x, grad)
-            why = _NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
+            outcome, norm = self._accumulate(m, x, grad, rated)
+            why = ops.NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
         if rated:
             lora._rate(feedback, module, m)
         if outcome != ops.APPLIED:
@@ -183,11 +183,11 @@ class TrainingPipeline:
             step.taken, step.note, loss, norm, step.taken, step.learning_rate, new_task
         )
 
-    def _accumulate(self, m: _Module, x: Any, grad: Any) -> tuple[int, float]:
+    def _accumulate(self, m: _Module, x: Any, grad: Any, rated: bool = False) -> tuple[int, float]:
         """Adds to a module's batch: (outcome, norm of the mean of what it holds)."""
         if self._lora is not None and self._lora._dropout:
             x = self._lora._dropped(x, m)
-        outcome, norm, _ = m.accumulate(x, grad)
+        outcome, norm, _ = m.accumulate(x, grad, rated=rated)
         if outcome == ops.APPLIED:
             m.steps += 1
         return outcome, norm / max(m.samples, 1)
@@ -208,19 +208,22 @@ class TrainingPipeline:
             return _Step(False, _RATE_IS_ZERO.format(track.steps), lr)
         first = self._optimizer.preconditions
         kept = track.kept
+        max_norm = config.max_grad_norm
+        if m.rated:
+            max_norm = QUALITY_MAX_NORM if max_norm is None else min(max_norm, QUALITY_MAX_NORM)
 
         def direction(gradient: F32) -> F32:
             nonlocal kept
             norm = norm_of(gradient)
-            if config.max_grad_norm is not None and norm > config.max_grad_norm:
-                gradient *= np.float32(config.max_grad_norm / norm)
+            if max_norm is not None and norm > max_norm:
+                gradient *= np.float32(max_norm / norm)
             along, kept = self._optimizer.direction(gradient, track.kept, track.steps)
             return along
 
         step = ops.make_step(
             m.pool._backend,
             lr,
-            None if first else config.max_grad_norm,
+            None if first else max_norm,
             weight_decay=config.weight_decay,
             ewc=self._protection.of(m),
         )
@@ -290,13 +293,15 @@ class TrainingPipeline:
         Each epoch goes through the samples of at least quality_threshold in an order that seed
         and epoch fix, a step a batch, the last of an epoch maybe smaller. With total_steps it
         ends there. validation: samples held out, whose loss is measured before and after each
-        epoch; the best weights of all are what remains, and after ``patience`` epochs without
-        an improvement training stops. checkpoint: saved after each epoch and on Ctrl-C, which
-        ends the batch under way before it raises KeyboardInterrupt; the next call with the
-        same samples then finishes that epoch first.
+        epoch; the best weights of all are what remains, on Ctrl-C too, and after ``patience``
+        epochs without an improvement training stops. checkpoint: saved after each epoch and on
+        Ctrl-C, which ends the batch under way before it raises KeyboardInterrupt; the next call
+        with the same samples then finishes that epoch first. A checkpoint loaded goes on from
+        the last weights, with the best so far, to the same bits as if never cut.
 
-        Raises ValueError and TypeError, changing nothing: what does not fit, NaN, quality
-        outside 0..1, no validation sample over the threshold, gradients that wait in a batch.
+        Raises ValueError, TypeError and FileNotFoundError, changing nothing: what does not fit,
+        NaN, quality outside 0..1, no validation sample over the threshold, gradients that wait
+        in a batch, no folder to save a checkpoint in.
         """
         self._check_lora("train", lora)
         return training.run(self, lora, samples, module, epochs, validation, patience, checkpoint)
@@ -307,7 +312,7 @@ class TrainingPipeline:
         """Everything that the next steps depend on, as one safetensors file, replaced whole.
 
         Weights, optimizer moments, steps, gradients that wait, baselines of qualities, noise of
-        ``forward(explore=)``, EWC, the order of the samples.
+        ``forward(explore=)``, EWC, the order of the samples, the best weights of a ``train``.
         Raises OSError, and ValueError for another lora.
         """
         self._check_lora("save", lora)

@@ -39,13 +39,14 @@ TOO_LARGE = "too large for float32 sums of squares: learned, left out of the mer
 class SonaStats(NamedTuple):
     """What a Sona did since it was made, or since what it loaded began. pending_samples: applied,
     and seen by no consolidation yet. accumulated_quality: of applied samples since the last deep
-    run. skipped: how many samples taught nothing, or count for no consolidation, by reason.
-    engine: the counters of the C++ core, of the whole process."""
+    run. background_failed: passes that raised. skipped: how many samples taught nothing, or count
+    for no consolidation, by reason. engine: the counters of the C++ core, of the whole process."""
 
     instant_count: int
     instant_avg_latency_us: float
     background_count: int
     background_rejected: int
+    background_failed: int
     deep_count: int
     deep_rejected: int
     pending_samples: int
@@ -172,6 +173,7 @@ class Sona:
         if quality is not None or type(feedback) is not Feedback or feedback.quality is not None:
             q = _quality(feedback, quality)
         held, observe, why = None, False, ""
+        step = m.step if feedback.quality is None else m.quality_step
         with m.lock:
             grad, outcome, norm = feedback.gradient, ops.NO_ADAPTER, 0.0
             if grad is None:
@@ -181,7 +183,7 @@ class Sona:
                 observe = self._pending + rows <= self.config.max_pending_samples
                 if observe and m.held_out.is_next():
                     held = m.held_out_target(x, grad, session)
-                fast, outcome, norm = m.adapt(x, grad, session, m.step, observe)
+                fast, outcome, norm = m.adapt(x, grad, session, step, observe)
             if feedback.quality is not None:
                 m.rate(session, feedback.quality)
                 if feedback.needs_trace:
@@ -195,7 +197,7 @@ class Sona:
                 if m.mean_inputs:
                     fast.inputs += as_float32(x).reshape(-1, m.in_features).sum(0)
             elif grad is not None and not applied:
-                why = ops.NOTES[outcome]
+                why = ops.NO_ROWS if outcome == ops.NO_ADAPTER else ops.NOTES[outcome]
             with self._lock:
                 self._instants += 1
                 if not applied:
@@ -244,15 +246,20 @@ class Sona:
         """Merges every session's fast adapter into the consolidated one, now.
 
         What is served changes in one step, and only where it is no worse than before on the
-        samples held out; else everything stays, and the result says so.
+        samples held out; else everything stays, and the result says so. Where nothing waits
+        nothing is counted.
         """
         with self._pass_lock:
             self._last_pass = monotonic()
-            results = [background.consolidate(m, self.config) for m in self._modules.values()]
-            done = background.together(results)
-            with self._lock:
-                self._counts["background" if done.applied else "background_rejected"] += 1
-                if done.applied:
+            count = "background_failed"
+            try:
+                results = [background.consolidate(m, self.config) for m in self._modules.values()]
+                done = background.together(results)
+                count = "background" if done.applied else "background_rejected"
+            finally:
+                with self._lock:
+                    if count == "background_failed" or done.samples_used:
+                        self._counts[count] += 1
                     self._pending = self._waiting()
         log.debug("background: %s", done)
         return done
@@ -297,9 +304,10 @@ class Sona:
         m = self._module(module)
         with self._pass_lock:
             result = deep.optimize(m, self.config, samples)
-            with self._lock:
-                self._counts["deep" if result.applied else "deep_rejected"] += 1
-                self._quality = 0.0
+            if result.epochs:  # else nothing was trained
+                with self._lock:
+                    self._counts["deep" if result.applied else "deep_rejected"] += 1
+                    self._quality = 0.0
         log.debug("deep: %s", result)
         return result
 
@@ -311,9 +319,9 @@ class Sona:
             mean = self._seconds / self._instants * 1e6 if self._instants else 0.0
             return SonaStats(
                 self._instants, mean, self._counts["background"],
-                self._counts["background_rejected"], self._counts["deep"],
-                self._counts["deep_rejected"], self._pending, self._quality, dict(self._skipped),
-                counters(),
+                self._counts["background_rejected"], self._counts["background_failed"],
+                self._counts["deep"], self._counts["deep_rejected"], self._pending, self._quality,
+                dict(self._skipped), counters(),
             )  # fmt: skip
 
     def consolidated(self) -> MicroLoRA:
@@ -361,7 +369,8 @@ def _quality(feedback: Any, quality: Any) -> float:
         got = type(feedback).__name__
         raise TypeError(f"Sona.instant_adapt: feedback: expected a Feedback, got {got}")
     if quality is None:
-        return 1.0 if feedback.quality is None else float(feedback.quality.mean())
+        rated = feedback.quality
+        return 1.0 if rated is None else float(rated.mean()) if len(rated) else 0.0
     try:
         q = float(quality)
     except (TypeError, ValueError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -27,10 +27,12 @@ _PRESETS: dict[str, tuple[float, float, int]] = {
 class SonaConfig:
     """micro_lora: shape, rank and modules; its seed draws every A.
 
-    instant_lr, max_grad_norm: of a request's step on its session's adapter.
+    instant_lr, max_grad_norm: of a request's step on its session's adapter; by a quality the
+    norm is at most 1.
     background_interval_ms, background_min_samples: ``maybe_background`` runs when this much
-    time has passed and this many samples wait. max_pending_samples: how many rows may wait; a
-    call with more still changes its session's adapter, and counts for no merge.
+    time has passed (a thread waits 1 ms at least) and this many samples wait.
+    max_pending_samples: how many rows may wait; a call with more still changes its session's
+    adapter, and counts for no merge.
     consolidation: "ewc_merge", "average", "quality_weighted", "best_only", "ensemble".
     ewc_lambda, ewc_gamma: the penalty (delta form) on leaving what is consolidated, 0 for none,
     and what is kept of the Fisher information at each consolidation; defaults of ``EWC``.
@@ -98,15 +100,16 @@ class SonaConfig:
     def preset(cls, name: str, hidden_dim: int = 4096, **changes: Any) -> SonaConfig:
         """ "low_latency", "balanced", "high_quality" or "minimal_memory", as the guide's tables.
 
-        Raises ValueError for another name.
+        changes: other fields, over the preset's. Raises ValueError for another name.
         """
         if name not in _PRESETS:
             known = ", ".join(_PRESETS)
             raise ValueError(f"SonaConfig.preset: name: expected one of {known}, got {name!r}")
         interval, times, pending = _PRESETS[name]
-        made = cls(
-            micro_lora=MicroLoRAConfig.preset(name, hidden_dim),
-            background_interval_ms=interval,
-            max_pending_samples=pending,
-        )
-        return replace(made, ewc_lambda=made.ewc_lambda * times, **changes)
+        made: dict[str, Any] = {
+            "micro_lora": MicroLoRAConfig.preset(name, hidden_dim),
+            "background_interval_ms": interval,
+            "ewc_lambda": EWC_LAMBDA * times,
+            "max_pending_samples": pending,
+        }
+        return cls(**{**made, **changes})

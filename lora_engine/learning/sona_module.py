@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_engine import ops
 from lora_engine.adapters.exploration import Baseline
+from lora_engine.adapters.micro_lora import QUALITY_MAX_NORM
 from lora_engine.adapters.pool import AdapterPool
 from lora_engine.learning import consolidation
 from lora_engine.learning.ewc import EWC
@@ -91,8 +92,9 @@ class Module:
         self.gamma = config.ewc_gamma
         held = config.ewc_lambda > 0
         self.ewc = EWC(self.pool, config.ewc_lambda, form="delta") if held else None
-        self.step = ops.make_step(
-            self.pool._backend, config.instant_lr, config.max_grad_norm, ewc=self.ewc
+        self.step, self.quality_step = (
+            ops.make_step(self.pool._backend, config.instant_lr, max_norm, ewc=self.ewc)
+            for max_norm in (config.max_grad_norm, min(config.max_grad_norm, QUALITY_MAX_NORM))
         )
         self.mean_inputs = config.consolidation == "ensemble"
         self.lock = threading.Lock()
@@ -201,7 +203,8 @@ class Module:
         """
         fast = self.served.fast.get(session)
         if fast is not None:
-            return fast, *self._step_slot(x, grad, fast.slot, step, observe)
+            outcome, norm = self._step_slot(x, grad, fast.slot, step, observe)
+            return fast, outcome, norm
         fast, outcome = self._fresh(), ops.NO_ADAPTER
         try:
             outcome, norm = self._step_slot(x, grad, fast.slot, step, observe)
@@ -216,11 +219,14 @@ class Module:
         self, x: Any, grad: Any, slot: int, step: Any, observe: bool
     ) -> tuple[int, float]:
         if observe and self._step_observed is not None:
-            done: tuple[int, float] = self._step_observed(x, grad, slot, step, *self.sums)
+            done: tuple[int, float] = self._step_observed(
+                x, grad, slot, step, self.sums.u, self.sums.v
+            )
             return done
         outcome, norm = self.storage.adapt_slot(x, grad, slot, step)
         if observe and outcome == ops.APPLIED:
-            if not can_be_summed(as_float32(x), as_float32(grad)):
+            both = (as_float32(rows).reshape(1, -1) for rows in (x, grad))
+            if not all(can_be_summed(rows)[0] for rows in both):
                 return ops.NOT_OBSERVED, norm
             self.pool._backend.lora_fisher_factors(x, grad, (self.sums.u[slot], self.sums.v[slot]))
         return outcome, norm

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 FILE, KEY, FORMAT = "lora_engine_sona.safetensors", "lora_engine_sona", 2
 SESSIONS = "sessions"
-_COUNTS = ("instants", "background", "background_rejected", "deep", "deep_rejected")
+_COUNTS = ("instants", "background", "background_rejected", "background_failed", "deep",
+           "deep_rejected")  # fmt: skip
 _SUMS = ("seconds", "quality")
 Tensors = dict[str, np.ndarray]
 State = dict[str, Any]

@@ -6,6 +6,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,12 +27,13 @@ class TrainingHistory(NamedTuple):
     """What a train measured.
 
     losses: of each epoch, quality/2 ‖delta - output_embedding‖² before each row's step, mean
-    over its rows. validation_losses: held out, the first before training, then after each epoch;
-    empty without validation. best_epoch: whose weights remain, counted from 1, 0 for those
-    before training. steps: taken in this call. samples: learned from; below_threshold and
-    without_target: left out, and why. refused: rows of batches whose step was not taken, as the
-    gradient held NaN or Inf or the step left the range. stopped: "finished", "total_steps" or
-    "early stopping". note: why nothing was learned, "" where something was.
+    over its rows. validation_losses: held out, the first before training, then after each epoch,
+    those before a checkpoint too; empty without validation. best_epoch: whose weights remain,
+    counted from 1 as they are, 0 for those before training. steps: taken in this call. samples:
+    learned from; below_threshold and without_target: left out, and why. refused: rows of batches
+    whose step was not taken, as the gradient held NaN or Inf or the step left the range. stopped:
+    "finished", "total_steps" or "early stopping". note: why nothing was learned, "" where
+    something was.
     """
 
     losses: tuple[float, ...]
@@ -73,21 +75,23 @@ class SampleOrder:
         self.position = 0
 
 
-class _Best:
-    """The weights with the lowest held-out loss so far."""
+class Best:
+    """The weights with the lowest held-out loss so far, of a run on samples with this digest.
 
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.epoch = 0
-        self.weights: tuple[Any, Any] | None = None
+    losses: held out, the first before training; epoch: whose the weights are; weights: (A, B).
+    """
 
-        self._lowest = math.inf
+    def __init__(
+        self, digest: str = "", losses: Sequence[float] = (), epoch: int = 0,
+        weights: tuple[Any, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.digest, self.losses, self.epoch, self.weights = digest, [*losses], epoch, weights
 
     def note(self, loss: float, lora: MicroLoRA, module: str) -> None:
         self.losses.append(loss)
-        if self.weights is None or loss < self._lowest:  # so never NaN over a number
-            self._lowest = loss if math.isfinite(loss) else math.inf
-            self.epoch = len(self.losses) - 1
+        lowest = math.inf if self.weights is None else self.losses[self.epoch]
+        if self.weights is None or loss < (lowest if math.isfinite(lowest) else math.inf):
+            self.epoch = len(self.losses) - 1  # so never NaN over a number
             self.weights = lora.weights(module)[:2]
 
     @property
@@ -105,9 +109,14 @@ class _Run:
         self.pipe, self.lora, self.module = pipe, lora, module
         self.data, self.held_out = data, held_out
         self.losses: list[float] = []
-        self.best = _Best()
+        self.best = Best()
         self.refused = 0
-        self.first_step = pipe.steps(module)
+        self.first_step = self.measured = pipe.steps(module)
+        if held_out is not None:
+            digest = f"{module}: {data.digest()} {held_out.digest()}"
+            cut = pipe._best is not None and pipe._best.digest == digest
+            self.best = pipe._best if cut and pipe._best else Best(digest)
+        pipe._best = self.best if held_out is not None else None
 
     def at_total_steps(self) -> bool:
         total = self.pipe.config.total_steps
@@ -166,10 +175,13 @@ class _Run:
             rows = np.arange(at, min(at + _VALIDATION_ROWS, count))
             total += self.gap(self.held_out, rows)[2]
         self.best.note(total / count, self.lora, self.module)
+        self.measured = self.pipe.steps(self.module)
 
     def keep_best(self) -> None:
         """Puts the best weights back; EWC's records go with them, as set_weights drops those."""
-        if self.best.weights is None or not self.best.epochs_since:
+        self.pipe._best = None
+        last = not self.best.epochs_since and self.measured == self.pipe.steps(self.module)
+        if self.best.weights is None or last:
             return
         protected = self.pipe._protection.state()
         self.lora.set_weights(self.module, *self.best.weights)
@@ -227,13 +239,19 @@ def run(
         held_out = imitation(f"{op}: validation", validation, shape, threshold)
         if not held_out.x:
             raise ValueError(f"{op}: validation: expected samples from {threshold} on, got none")
+    if checkpoint is not None:
+        parent = Path(os.path.realpath(checkpoint)).parent
+        if not parent.is_dir():
+            raise FileNotFoundError(f"{op}: checkpoint: expected a folder, got none at {parent}")
     this = _Run(pipe, lora, module, data, held_out)
     if not data.x:
         return this.history(FINISHED)
     pipe._order.begin(data, module)
     with interrupts_held() as interrupted:
-        stopped = _epochs(this, epochs, patience, checkpoint, interrupted)
-        this.keep_best()
+        try:
+            stopped = _epochs(this, epochs, patience, checkpoint, interrupted)
+        finally:  # of an interrupt too, whose checkpoint goes on from the last weights
+            this.keep_best()
         if checkpoint is not None:
             pipe.save(lora, checkpoint)
     return this.history(stopped)
@@ -245,7 +263,8 @@ def _epochs(
     """Trains; says what ended it. Raises KeyboardInterrupt between two batches."""
     total = epochs * len(this.data.x) - this.pipe._order.position
     with Bar(f"training {this.module}", total) as bar:
-        this.validate()
+        if not this.best.losses:
+            this.validate()
         for _ in range(epochs):
             if this.at_total_steps():
                 return TOTAL_STEPS

@@ -24,6 +24,8 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import lora_engine as le
+from lora_engine.adapters.store_lock import FolderLock
+from lora_engine.errors import StoreLocked
 from lora_engine.text_demo import corpus, reloaded, users
 from lora_engine.text_demo.encoder import Encoder
 from lora_engine.text_demo.users import Learned, World
@@ -89,7 +91,7 @@ def run_encoders(out: Path, most: int | None, console: Console) -> list[Outcome]
     """Every encoder in turn; leaves the store and the PEFT folders in ``out``."""
     text, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
     columns = (text, BarColumn(bar_width=20), MofNCompleteColumn(), note)
-    shutil.rmtree(out / reloaded.STORE, ignore_errors=True)
+    _remove_store(out / reloaded.STORE)
     passages, queries = users.text(most)
     turns = (len(users.LEARNING_RATES) + 1) * len(corpus.TASTES)
     outcomes: list[Outcome] = []
@@ -118,6 +120,16 @@ def run_encoders(out: Path, most: int | None, console: Console) -> list[Outcome]
                     folder = reloaded.folder_of(out, name, taste)
                     store.export(user_id(name, taste), folder, users.MODULE)
     return outcomes
+
+
+def _remove_store(folder: Path) -> None:
+    """That of an earlier run. Raises StoreLocked where another is at work in it."""
+    if folder.is_dir():
+        lock = FolderLock(folder)
+        try:
+            shutil.rmtree(folder)
+        finally:
+            lock.release()
 
 
 # ---- the report -------------------------------------------------------------
@@ -191,7 +203,11 @@ def run(out: str | os.PathLike[str] = "demo_output", most: int | None = None) ->
     except OSError as error:
         print(f"demo: out: {error}", file=sys.stderr)
         return 2
-    outcomes = run_encoders(folder, most, console)
+    try:
+        outcomes = run_encoders(folder, most, console)
+    except StoreLocked as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
     draw(outcomes, folder / "learning.png")
     console.print(*map(quality_table, outcomes), latency_table(outcomes))
     for outcome in outcomes:
