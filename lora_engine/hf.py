@@ -21,9 +21,13 @@ def attach(model: torch.nn.Module, adapters: Mapping[str, Source]) -> Attached:
     do, and its weights are copied.
 
     Then ``model(**inputs, adapter_names=["a", "__base__", {"a": 0.7, "b": 0.3}])`` serves each
-    element of the batch with its adapter or mixture, as does ``model.generate``. A call without
-    names uses what ``set_adapter`` chose, at first the first adapter, as with PEFT. The model
-    stays the object that it was, with its modules and its state_dict; ``detach`` ends it.
+    element of the batch with its adapter or mixture, as do ``model.forward`` and
+    ``model.generate``. Dimension 0 is the batch, of the inputs and of what the layers are given;
+    torch's Transformer layers with batch_first=False take no names. In a mixture the name None, as
+    a Router fills up rows with, stands for nothing. A call without names uses what ``set_adapter``
+    chose, at first the first adapter, as with PEFT; so does a part of the model that is called by
+    itself, which takes no names. The model stays the object that it was, with its modules and its
+    state_dict; ``detach`` ends it.
 
     modules_to_save (weights and biases of linear layers, LayerNorm and nn.Embedding) serve the
     rows that name their adapter instead of the model's own; in a mixture w times the difference
@@ -33,9 +37,9 @@ def attach(model: torch.nn.Module, adapters: Mapping[str, Source]) -> Attached:
     MicroLoRA), whatever the model's. Calls from several threads, each with names of its own, do
     not meet.
 
-    Raises ValueError (an adapter of another model, a shape that does not fit, a model that is
-    attached to), TypeError (a layer or dtype that takes no adapter), and what reading a folder
-    raises; the model is then as it was.
+    Raises ValueError (an adapter of another model, a shape that does not fit, NaN or Inf, a model
+    that is attached to, or a part of which is), TypeError (a layer or dtype that takes no
+    adapter), and what reading a folder raises; the model is then as it was.
     """
     _check("model", model, torch.nn.Module, "a torch module")
     _check("adapters", adapters, Mapping, "{name: adapter}")

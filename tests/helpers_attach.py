@@ -92,3 +92,15 @@ def logits(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> torch
     with torch.no_grad():
         found: torch.Tensor = model(**inputs, **options).logits
     return found
+
+
+class Flat(torch.nn.Module):
+    """A layer that is given x [n, m, 4] as n m rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.proj(x.reshape(-1, 4))
+        return y

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import threading
 
 import numpy as np
@@ -125,6 +126,9 @@ def test_a_single_linear_and_a_micro_lora():
         assert torch.equal(got[1], want[1])
         torch.testing.assert_close(got[2], want[2] + lora.forward(x[2:], "proj")[0])
         torch.testing.assert_close(linear(x[0]), want[0] + lora.forward(x[:1], "proj")[0])
+        assert torch.equal(linear(x[0], adapter_names=["a"]), linear(x[0]))
+        one = torch.nn.functional.linear(x[0], linear.weight, linear.bias)
+        assert torch.equal(linear(x[0], adapter_names=["__base__"]), one)
     handle.detach()
     assert type(linear) is torch.nn.Linear
     assert torch.equal(linear(x), want)
@@ -148,6 +152,47 @@ def test_a_micro_lora_is_for_every_module_of_its_names():
     handle.add("b", Adapter({f"base_model.model.{p}": w for p, w in modules.items()}))
     got = logits(model, tokens(), adapter_names=["b"] * 3)
     assert torch.equal(got, logits(model, tokens(), adapter_names=["a"] * 3))
+
+
+def test_forward_takes_names_and_keeps_its_signature():
+    model = bare((5, 4))
+    signature = inspect.signature(model.forward)
+    handle = le.attach(model, {"a": Adapter({"0": drawn((5, 4), 2, 1)})})
+    x = torch.randn(2, 5)
+    with torch.no_grad():
+        want = model(x, adapter_names=["__base__", "a"])
+        assert torch.equal(model.forward(x, adapter_names=["__base__", "a"]), want)
+        assert torch.equal(model.forward(x), model(x))
+    assert inspect.signature(model.forward) == signature
+    with pytest.raises(ValueError, match="got 'nobody'"):
+        model.forward(x, adapter_names=["nobody", "a"])
+    handle.detach()
+    with pytest.raises(TypeError, match="adapter_names"):
+        model.forward(x, adapter_names=["__base__", "a"])
+
+
+def test_what_a_router_says_is_a_mixture():
+    """Its weights are NumPy's; None fills up rows, here one place of each, and all of the last."""
+    model = bare((5, 4))
+    le.attach(model, {name: Adapter({"0": drawn((5, 4), 2, i)}) for i, name in enumerate("ab")})
+    router = le.Router(top_k=3)
+    router.add("a", prototypes=np.eye(3, dtype="f4")[:1])
+    router.add("b", prototypes=np.eye(3, dtype="f4")[1:2])
+    found = router.route(np.array([[1, 1, 0], [1, 0, 0], [0, np.nan, 1]], "f4"))
+    assert [names.count(None) for names in found.names] == [1, 1, 3]
+    rows = zip(found.names, found.weights, strict=True)
+    mixtures = [dict(zip(*row, strict=True)) for row in rows]
+    plain = [
+        {name: float(w) for name, w in row.items() if name is not None} or "__base__"
+        for row in mixtures
+    ]
+    x = torch.randn(3, 5)
+    with torch.no_grad():
+        assert torch.equal(model(x, adapter_names=mixtures), model(x, adapter_names=plain))
+        assert torch.equal(
+            model(x, adapter_names=[{"a": 1, "b": np.int64(2)}] * 3),
+            model(x, adapter_names=[{"a": 1.0, "b": 2.0}] * 3),
+        )
 
 
 def test_add_replaces_remove_and_detach_restore():
@@ -218,6 +263,37 @@ def test_a_call_that_has_begun_ends_with_the_adapters_it_began_with():
     (pool,) = handle._shelf.pools.values()
     handle.set_adapter(None)
     assert len(pool) == 0
+
+
+@pytest.mark.parametrize("names", [None, ["a"] * 3])
+def test_generate_ends_with_the_adapters_it_began_with(names):
+    """Between two of its steps an adapter is replaced, another one set, and the first removed."""
+    model = new_model("llama")
+    peft = with_peft(model, two_adapters("llama"))
+    one, two = (adapter_of(peft, name) for name in ("a", "b"))
+    handle = le.attach(model, {"a": one})
+    changes = {
+        2: lambda: handle.add("a", two),
+        3: lambda: handle.set_adapter(None),
+        4: lambda: handle.remove("a"),
+    }
+
+    def scores(changes):
+        step = iter(range(1, 9))
+
+        def between(_, values):
+            changes.get(next(step), lambda: None)()
+            return values
+
+        found = model.generate(
+            **tokens(), max_new_tokens=5, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, logits_processor=[between], adapter_names=names,
+        )  # fmt: skip
+        return torch.stack(found.logits)
+
+    want = scores({})
+    assert torch.equal(scores(changes), want)
+    assert handle.names == ()
 
 
 def test_threads_serve_names_of_their_own():

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers_attach import adapter_of, logits, new_model, tokens, two_adapters, with_peft
+from helpers_attach import Flat, adapter_of, logits, new_model, tokens, two_adapters, with_peft
 from torch._dynamo.utils import counters
 
 import lora_engine as le
 from lora_engine.adapters.adapter import Adapter, LoraWeights
+from lora_engine.attached import spread
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")
 
@@ -49,8 +50,8 @@ def test_other_names_and_ranks_compile_nothing_anew(fresh):
     handle.set_adapter(None)
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
 
-    def check(names):
-        rows = tokens(len(names or "abc"))
+    def check(names, n=3):
+        rows = tokens(len(names or range(n)))
         got, want = (logits(m, rows, adapter_names=names) for m in (fast, model))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
@@ -70,10 +71,53 @@ def test_other_names_and_ranks_compile_nothing_anew(fresh):
     check(["a", "b", "__base__"])
     others.join()
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 2
+    check(["a", {"a": 0.5, "b": -1.0}, "b"])
+    check([{"a": 0.5, "b": 2.0, "new": 0.1}] * 3)
+    check([{"a": 0.5}, "__base__", "b"])
+    for name in ("a", {"b": 0.5}, {"a": 1.0, "b": 1.0}, "__base__", "b"):
+        handle.set_adapter(name)
+        check(None)
+    assert counters["stats"]["unique_graphs"] == 1
     for n in (4, 5, 6):  # one more graph, of any number of rows
-        check(["a", "new", "b", "__base__", "a", "b"][:n])
-    assert counters["stats"]["unique_graphs"] == 3
+        check(["a", "new", "b", {"a": 0.5, "b": 2.0, "new": 0.1}, "__base__", "b"][-n:])
+        check(None, n)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_compiled_layer_that_sees_another_number_of_elements_says_so(fresh):
+    model = Flat()
+    w = LoraWeights(np.ones((1, 4), "f4"), np.ones((4, 1), "f4"), 1.0)
+    handle = le.attach(model, {"a": Adapter({"proj": w})})
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.ones(2, 3, 4)
+    torch.testing.assert_close(fast(x), model(x))
+    with pytest.raises(ValueError, match="each of the 6 elements that come to a compiled layer"):
+        fast(x, adapter_names=["a", "a"])
+    handle.set_adapter(None)
+    plain = torch.nn.functional.linear(x.reshape(6, 4), model.proj.weight, model.proj.bias)
+    assert torch.equal(fast(x), plain)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_rows_are_spread_over_elements_and_their_repeats():
+    table = torch.tensor([-1, 4, 5], dtype=torch.int32)
+    cpu = torch.device("cpu")
+    two = spread.traced([[1, 0], [2, 1]], [[0.5, 1.0], [2.0, 3.0]], False, 2, cpu)
+    one = spread.traced([[2]], [[0.5]], False, 1, cpu)
+    whole = spread.traced([[2]], [[0.5]], True, 1, cpu)
+    for rows, batch, per, ids, weights in (
+        (two, 2, 1, [[4, -1], [5, 4]], [[0.5, 1.0], [2.0, 3.0]]),
+        (two, 4, 1, [[4, -1]] * 2 + [[5, 4]] * 2, [[0.5, 1.0]] * 2 + [[2.0, 3.0]] * 2),
+        (two, 2, 3, [[4, -1]] * 3 + [[5, 4]] * 3, [[0.5, 1.0]] * 3 + [[2.0, 3.0]] * 3),
+        (one, 1, 2, [[5, -1]] * 2, [[0.5, 1.0]] * 2),
+        (whole, 3, 2, [[5, -1]] * 6, [[0.5, 1.0]] * 6),
+    ):
+        got = torch.ops.lora_engine.spread_rows(table, *rows, batch, per)
+        assert got[0].tolist() == ids
+        assert got[1].tolist() == weights
+    for rows, batch in ((two, 3), (two, 1), (one, 2)):
+        with pytest.raises(ValueError, match=f"each of the {batch} elements"):
+            torch.ops.lora_engine.spread_rows(table, *rows, batch, 1)
 
 
 def test_compiled_by_layer_and_in_training(fresh):

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers_attach import logits, new_model, tokens
+from helpers_attach import Flat, logits, new_model, tokens
 
 import lora_engine as le
 from lora_engine.adapters.adapter import Adapter, LoraWeights
@@ -57,6 +57,16 @@ REFUSED = {
     ),
     "an embedding": ({"model.embed_tokens": weights()}, TypeError, "got Embedding"),
     "empty": ({}, ValueError, "empty"),
+    "NaN": (
+        {GOOD: weights()._replace(A=np.full((2, 16), np.nan, "f4"))},
+        ValueError,
+        "(bad|good): .*q_proj: expected finite numbers, got NaN",
+    ),
+    "an infinite scaling": (
+        {GOOD: weights()._replace(scaling=float("inf"))},
+        ValueError,
+        "q_proj: expected finite numbers",
+    ),
 }
 
 
@@ -100,15 +110,56 @@ def test_a_model_of_float64():
 
 
 def test_attached_twice(model):
-    good = Adapter({GOOD: weights()})
-    handle = le.attach(model, {"a": good})
-    with pytest.raises(ValueError, match="nothing is attached to"):
-        le.attach(model, {"b": good})
-    with pytest.raises(ValueError, match=r"nothing is attached to, got layers\.0"):
-        le.attach(model.model, {"b": Adapter({GOOD.removeprefix("model."): weights()})})
-    assert not hasattr(model.model, "_lora_model")
-    handle.detach()
-    assert untouched(model)
+    """The whole, a part of what is attached, and what has an attached part."""
+    inside = {"a": Adapter({GOOD.removeprefix("model."): weights()})}
+    for first, then in (
+        ((model, {"a": Adapter({GOOD: weights()})}), (model, {"b": Adapter({GOOD: weights()})})),
+        ((model, {"a": Adapter({GOOD: weights()})}), (model.model, inside)),
+        ((model, {"a": Adapter({"lm_head": weights(16, 48)})}), (model.model, inside)),
+        ((model.model, inside), (model, {"b": Adapter({"lm_head": weights(16, 48)})})),
+    ):
+        handle = le.attach(*first)
+        held = [vars(module).copy() for module in model.modules()]
+        with pytest.raises(
+            ValueError, match=r"nothing is attached to.*got (an attached|layers\.|m)"
+        ):
+            le.attach(*then)
+        assert [vars(module) for module in model.modules()] == held
+        handle.detach()
+        assert untouched(model)
+
+
+@pytest.mark.parametrize("refused", ["1", "2", ""])
+def test_whatever_raises_leaves_the_model_as_it_was(refused):
+    """Here a module whose class cannot be exchanged: a layer, or the whole."""
+
+    class Fixed:
+        def __setattr__(self, name, value):
+            if name == "__class__":
+                raise OSError("fixed")
+            super().__setattr__(name, value)
+
+    class FixedLinear(Fixed, torch.nn.Linear):
+        pass
+
+    class FixedSequential(Fixed, torch.nn.Sequential):
+        pass
+
+    whole = torch.nn.Sequential if refused else FixedSequential
+    layers = (FixedLinear if refused == str(i) else torch.nn.Linear for i in range(3))
+    model = whole(*(layer(4, 4) for layer in layers))
+    held = [(type(module), vars(module).copy()) for module in model.modules()]
+    adapter = Adapter({str(i): weights(4, 4) for i in range(3)})
+    with pytest.raises(OSError, match="fixed"):
+        le.attach(model, {"a": adapter})
+    assert [(type(module), vars(module)) for module in model.modules()] == held
+    if refused:
+        handle = le.attach(model, {"a": Adapter({"0": weights(4, 4)})})
+        held = [(type(module), vars(module).copy()) for module in model.modules()]
+        with pytest.raises(OSError, match="fixed"):
+            handle.add("b", adapter)
+        assert [(type(module), vars(module)) for module in model.modules()] == held
+        assert handle.names == ("a",)
 
 
 def test_names_are_checked_before_anything_ran(model):
@@ -124,6 +175,7 @@ def test_names_are_checked_before_anything_ran(model):
         (["a", 3, "a"], TypeError, "a name or .* got 3"),
         ([{}, "a", "a"], ValueError, "at least one adapter in a mixture"),
         ([{"a": "x"}, "a", "a"], TypeError, "a number as its weight"),
+        ([{"a": True}, "a", "a"], TypeError, "a number as its weight, got True"),
         ([{"a": float("nan")}, "a", "a"], ValueError, "finite"),
         ([{"a": 1.0, "b": 1.0}, "a", "a"], ValueError, "got 'b'"),
     ):
@@ -142,19 +194,38 @@ def test_names_are_checked_before_anything_ran(model):
 
 
 def test_a_layer_that_sees_another_number_of_elements_says_so():
-    class Flat(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj = torch.nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.proj(x.reshape(-1, 4))
-
     model = Flat()
     le.attach(model, {"a": Adapter({"proj": weights(4, 4)})})
     with pytest.raises(ValueError, match="each of the 6 elements that come to proj, got 2"):
         model(torch.ones(2, 3, 4), adapter_names=["a", "a"])
     assert model(torch.ones(2, 3, 4)).shape == (6, 4)
+
+
+def test_names_are_given_to_the_attached_model_not_to_a_part(model):
+    """Whose **kwargs would swallow them."""
+    handle = le.attach(model, {"a": Adapter({GOOD: weights()})})
+    with pytest.raises(TypeError, match="adapter_names: expected in a call of the attached model"):
+        model.model(**tokens(), adapter_names=["a"] * 3)
+    handle.detach()
+
+
+@pytest.mark.parametrize(
+    "make", [torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer]
+)
+def test_names_of_layers_whose_dimension_0_is_not_the_batch(make):
+    refused, taken = (make(8, 2, 16, dropout=0.0, batch_first=first) for first in (False, True))
+    x = torch.randn(3, 3, 8)
+    inputs = (x,) if make is torch.nn.TransformerEncoderLayer else (x, x)
+    adapter = Adapter({"linear1": weights(8, 16)})
+    le.attach(taken, {"a": adapter})
+    taken(*inputs, adapter_names=["a"] * 3)
+    plain = refused(*inputs)
+    handle = le.attach(refused, {"a": adapter})
+    with pytest.raises(ValueError, match=r"got linear1, of a module with batch_first=False"):
+        refused(*inputs, adapter_names=["a"] * 3)
+    assert not torch.equal(refused(*inputs), plain)
+    handle.set_adapter(None)
+    assert torch.equal(refused(*inputs), plain)
 
 
 def test_a_projection_inside_multi_head_attention():

@@ -168,3 +168,43 @@ def test_a_folder_is_served_and_saved_as_peft_has_it(tmp_path):
     loaded = type(base).from_pretrained(tmp_path / "base")
     assert same(bits(loaded), bits(base))
     assert model.config.architectures == ["GPT2LMHeadModel"]
+
+
+def test_parts_called_by_themselves_are_served_what_is_merged_once():
+    """As generate() calls an encoder; whatever is changed of other adapters meanwhile."""
+    model, handle, _, _ = attached("llama")
+    part = model.model
+
+    def hidden():
+        with torch.no_grad():
+            return part(**tokens()).last_hidden_state
+
+    want = hidden()
+    handle.merge("a")
+    other = handle.adapter("b")
+    for change in (
+        lambda: handle.set_adapter("a"),
+        lambda: handle.add("c", other),
+        lambda: handle.remove("c"),
+        lambda: handle.parameters("b"),
+        lambda: handle.set_adapter({"a": 0.5, "b": 0.5}),
+    ):
+        change()
+        torch.testing.assert_close(hidden(), want, rtol=1e-3, atol=1e-4)
+    handle.set_adapter("a")
+    handle.unmerge("a")
+    assert torch.equal(hidden(), want)
+
+
+def test_a_micro_lora_keeps_what_its_folder_says(tmp_path):
+    model = new_model("llama")
+    said = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "some/model", "unknown": 7}
+    kept = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **said}
+    w = LoraWeights(np.ones((2, 16), "f4"), np.ones((16, 2), "f4"), 2.0)
+    Adapter({"q_proj": w}, peft_config=kept).save(tmp_path / "loaded")
+    handle = le.attach(model, {"a": le.MicroLoRA.load(tmp_path / "loaded")})
+    handle.save("a", tmp_path / "saved")
+    found = Adapter.load(tmp_path / "saved")
+    assert {key: found.peft_config[key] for key in said} == said
+    assert found.modules.keys() == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert all(m.scaling == 2.0 and np.array_equal(m.A, w.A) for m in found.modules.values())

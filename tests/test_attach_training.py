@@ -111,25 +111,87 @@ def test_gradient_checkpointing_gives_the_same_losses(reentrant):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-def test_another_kind_of_checkpoint_does_not_lose_the_names_silently():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_another_kind_of_checkpoint_follows_the_names_of_its_call(reentrant):
+    """Also where another adapter is set by then; calls of other names need passes of their own."""
+
     class Checkpointed(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.proj = torch.nn.Linear(4, 4)
+            self.again = True
 
         def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.proj, x, use_reentrant=False)
+            def part(x):
+                return torch.tanh(self.proj(x))
 
+            if not self.again:
+                return {"out": part(x)}
+            return {"out": torch.utils.checkpoint.checkpoint(part, x, use_reentrant=reentrant)}
+
+    rng = np.random.default_rng(0)
     model = Checkpointed()
-    w = LoraWeights(np.ones((1, 4), "f4"), np.ones((4, 1), "f4"), 1.0)
-    handle = le.attach(model, {"a": Adapter({"proj": w})})
-    (A, _) = handle.parameters("a")
-    x = torch.ones(2, 4)
-    model(x).sum().backward()
-    assert A.grad.abs().sum() > 0
-    loss = model(x, adapter_names=["a", "__base__"]).sum()
-    with pytest.raises(RuntimeError, match="does not keep the names"):
-        loss.backward()
+
+    def drawn():
+        shapes = ((1, 4), (4, 1))
+        return LoraWeights(*(rng.standard_normal(s, np.float32) for s in shapes), 0.5)
+
+    handle = le.attach(model, {name: Adapter({"proj": drawn()}) for name in "ab"})
+    parameters = handle.parameters("a") + handle.parameters("b")
+    x = torch.randn(2, 4, requires_grad=True)
+
+    def gradients(calls, between=lambda: None):
+        for p in parameters:
+            p.grad = None
+        handle.set_adapter("a")
+        losses = [model(x, **call)["out"].sum() for call in calls]
+        between()
+        sum(losses).backward()
+        return [None if p.grad is None else p.grad.clone() for p in parameters]
+
+    for calls in (
+        [{}],
+        [{"adapter_names": ["a", "b"]}],
+        [{"adapter_names": ["__base__", "b"]}] * 2,
+        [{}, {}],
+    ):
+        model.again = False
+        want = gradients(calls)
+        model.again = True
+        got = gradients(calls, lambda: handle.set_adapter("b"))
+        for one, other in zip(got, want, strict=True):
+            assert (one is None) == (other is None)
+            torch.testing.assert_close(one, other)
+    with pytest.raises(RuntimeError, match="calls of other names"):
+        gradients([{}, {"adapter_names": ["b", "b"]}])
+
+
+@torch.inference_mode()
+def _serve(handle, model, x):
+    handle.set_adapter({"a": 0.5})
+    for names in (None, ["a"] * 3, [{"a": 0.5}, "b", "__base__"]):
+        model(x, adapter_names=names)
+    model[0](x)
+    handle.merge("a")
+    handle.unmerge("a")
+
+
+def test_what_was_first_used_in_inference_mode_is_trained_later():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+    w = LoraWeights(np.ones((1, 4), "f4"), np.ones((4, 1), "f4"), 0.5, np.ones(4, "f4"))
+    dropout = {"lora_dropout": 0.1}
+    x = torch.ones(3, 4)
+    with torch.inference_mode():
+        adapters = {"a": Adapter({"0": w}), "b": Adapter({"0": w}, peft_config=dropout)}
+        handle = le.attach(model, adapters)
+    _serve(handle, model, x)
+    model[0](x).sum().backward()
+    model(x, adapter_names=[{"a": 0.5}, "b", "__base__"]).sum().backward()
+    with torch.inference_mode():
+        parameters = handle.parameters("a")
+    parameters += handle.parameters("b")
+    model(x, adapter_names=[{"a": 0.5}, "b", "__base__"]).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
 
 
 def test_gradients_by_finite_differences_of_mixed_rows():

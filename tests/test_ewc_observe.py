@@ -45,6 +45,21 @@ def test_the_record_is_the_corrected_moving_average(form, slices, rank, n):
         ]
 
 
+def test_more_samples_than_float64_tells_apart_is_the_mean(form):
+    rng = np.random.default_rng(0)
+    x, grad = samples(rng, 5, 33, 9)
+    records = []
+    for fisher_samples in (10**17, 10**9):
+        pool, _ = fill_pool(np.random.default_rng(1), 33, (9,), [2])
+        ewc = le.EWC(pool, 1.0, form=form, fisher_samples=fisher_samples)
+        assert ewc.observe(x[:1], grad[:1], 0).samples == 1
+        assert ewc.observe(x[1:], grad[1:], np.zeros(4, np.int32)).samples == 4
+        ewc.consolidate()
+        records.append(record(ewc, 0))
+    for got, want in zip(records[0][:2], records[1][:2], strict=True):
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+
+
 def test_n_rows_at_once_are_n_rows_one_by_one(form):
     rng = np.random.default_rng(1)
     records = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
@@ -11,8 +12,8 @@ from helpers import f64
 from helpers_sona import IN, OUT, config, module, row, served, taught
 
 import lora_engine as le
-from lora_engine.learning import consolidation
-from lora_engine.learning.sona_config import STRATEGIES
+from lora_engine.learning import background, consolidation
+from lora_engine.learning.consolidation import STRATEGIES
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -140,6 +141,49 @@ def test_a_pass_that_fails_changes_nothing(monkeypatch):
     assert sona.background().samples_used == 450
 
 
+def test_a_loss_that_is_no_number_is_rejected():
+    sona = le.Sona(config())
+    taught(sona)
+    module(sona).held_out.target[0] = np.nan
+    before = served(sona, 0)
+    result = sona.background()
+    assert (result.applied, result.samples_used) == (False, 450)
+    assert result.note == "rejected: the loss on held-out samples is not a number"
+    assert np.array_equal(served(sona, 0), before)
+
+
+def test_a_pass_that_keeps_failing_is_counted_and_logged_once(monkeypatch, caplog):
+    sona = le.Sona(config())
+    taught(sona)
+
+    def fails(*_, **__):
+        raise ValueError("bad")
+
+    def wait(done):
+        end = time.monotonic() + 10
+        while not done(sona.stats()) and time.monotonic() < end:
+            time.sleep(0.002)
+        assert done(sona.stats())
+
+    monkeypatch.setattr(consolidation, "consolidate", fails)
+    with sona, caplog.at_level(logging.ERROR, logger="lora_engine"):
+        sona.start()
+        wait(lambda stats: stats.background_failed >= 3)
+        assert len(caplog.records) == 1
+        monkeypatch.undo()
+        wait(lambda stats: stats.background_count)
+    assert sona.stats().pending_samples == 0
+
+
+def test_an_interval_of_0_leaves_the_core_alone():
+    calls = []
+    repeater = background.Repeater(lambda: calls.append(0), 0.0)
+    repeater.start()
+    time.sleep(0.1)
+    repeater.stop()
+    assert 1 <= len(calls) <= 100
+
+
 def test_rollback():
     sona = le.Sona(config())
     assert not sona.rollback()
@@ -164,6 +208,7 @@ def test_nothing_waits():
     sona = le.Sona(config())
     result = sona.background()
     assert (result.applied, result.note, result.samples_used) == (False, "no samples wait", 0)
+    assert (sona.stats().background_count, sona.stats().background_rejected) == (0, 0)
     assert sona.maybe_background() is None
     sona = le.Sona(config(background_min_samples=4))
     taught(sona, sessions=1, samples=3)

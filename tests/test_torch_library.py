@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import lora_engine as le
+from lora_engine.attached import spread
 from lora_engine.backends import chosen
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")
@@ -26,6 +27,10 @@ def engine(request):
         chosen.cache_clear()
         yield request.param
     chosen.cache_clear()
+
+
+def traced(numbers, weights, uniform=False):
+    return spread.traced(numbers, weights, uniform, 2, torch.device("cpu"))
 
 
 def calls(pool, w):
@@ -60,6 +65,8 @@ def calls(pool, w):
         "nf4_linear_recorded": (x, w.handle, random(OUT), pool.handle, IDS, None, None),
         "nf4_linear_backward": (grad, w.handle.shape[0], IN),
         "nf4_linear_backward, adapters": (grad, w.handle.shape[0], IN, number, then, IDS),
+        "spread_rows": (slots(-1, 4, 5), *traced([[1, 0], [2, 1]], [[0.5, 1.0]] * 2), 4, 3),
+        "spread_rows, one row for all": (slots(-1, 4), *traced([[1]], [[0.5]], True), 1, 1),
     }  # fmt: skip
 
 

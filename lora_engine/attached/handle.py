@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.micro_lora import MicroLoRA
+from lora_engine.attached.classes import put_before
 from lora_engine.attached.layers import LayerState
-from lora_engine.attached.matching import Model, kind_of
-from lora_engine.attached.merging import Merged
+from lora_engine.attached.matching import Model, is_sequence_first, kind_of
+from lora_engine.attached.merging import MergedBase
 from lora_engine.attached.model import (
     AttachedCheckpoint,
     AttachedGenerator,
@@ -29,46 +31,29 @@ Source = str | os.PathLike[str] | MicroLoRA | Adapter
 _KEPT = 32  # batches whose rows are kept, by their names
 
 
-_classes: dict[tuple[type, type], Any] = {}
-
-
-def attached_class(front: type, base: type) -> Any:
-    """``base`` with ``front`` before it, under the name of ``base``."""
-    if (front, base) in _classes:
-        return _classes[front, base]
-    # torch's own name would make the compiler take sizes in the layer, of tables, for constants.
-    module = __name__ if base.__module__.startswith("torch.") else base.__module__
-    names = {"__module__": module, "__qualname__": base.__qualname__}
-    return _classes.setdefault((front, base), type(base.__name__, (front, base), names))
-
-
 class Attached(NotCopied):
     """The adapters of a model, by name. Made by ``lora_engine.attach``."""
 
     def __init__(self, model: torch.nn.Module, adapters: Mapping[str, Source]) -> None:
-        if hasattr(model, "_lora_model"):
-            raise ValueError(
-                "attach: model: expected one that nothing is attached to, got an attached one:"
-                " use the add of its handle, or detach that first"
-            )
         self.model = model
         self.calls = Calls()
         self._shelf = Shelf()
         self._placed: Mapping[str, Placed] = {}  # exchanged whole
         self._layers: dict[str, torch.nn.Module] = {}  # attached modules by path
         self._active: Name = next(iter(adapters))
-        self._kept: dict[Any, Rows | None] = {}
-        self._merged = Merged()
+        self._kept: dict[Any, Rows] = {}
+        self._merged = MergedBase()
         self._frozen: list[tuple[torch.nn.Parameter, bool]] = []
-        self._add("attach", adapters)
-        front = AttachedGenerator if hasattr(model, "generate") else AttachedModel
-        self._base_class = type(model)
-        self._checkpointed = checkpointed(model)
-        for module in self._checkpointed:
-            module._lora_calls = self.calls
-            module.__class__ = attached_class(AttachedCheckpoint, type(module))
-        model._lora_model = self  # type: ignore[assignment]
-        model.__class__ = attached_class(front, self._base_class)
+        self._changes = ExitStack()  # of modules, which closing it takes back
+        try:
+            self._add("attach", adapters)
+            for module in checkpointed(model):
+                put_before(self._changes, module, AttachedCheckpoint, "_lora_calls", self.calls)
+            front = AttachedGenerator if hasattr(model, "generate") else AttachedModel
+            put_before(self._changes, model, front, "_lora_model", self)
+        except BaseException:
+            self._changes.close()
+            raise
 
     def __repr__(self) -> str:
         model = type(self.model).__name__
@@ -99,6 +84,7 @@ class Attached(NotCopied):
     def _add(self, op: str, sources: Mapping[str, Source]) -> None:
         """Checks and places all, then shows all; or changes nothing."""
         model = Model(op, self.model)
+        model.check_free(self.calls)
         prepared = {}
         for name, source in sources.items():
             if not isinstance(name, str) or not name or name == BASE:
@@ -107,28 +93,21 @@ class Attached(NotCopied):
             adapter = model.adapter(name, source)
             paths = model.paths(name, adapter)
             model.check(name, adapter, paths)
-            self._check_free(op, model, paths)
             prepared[name] = adapter, paths
         states: dict[str, LayerState] = {}
         placed = {
             name: self._place(model, adapter, paths, states)
             for name, (adapter, paths) in prepared.items()
         }
-        for path, state in states.items():
-            self._attach_layer(path, model.modules[path], state)
+        with ExitStack() as changes:
+            for path, state in states.items():
+                self._attach_layer(changes, path, model.modules[path], state)
+            self._changes.push(changes.pop_all())
+        self._layers.update((path, model.modules[path]) for path in states)
         for name in placed:
             self._untrain(name, self._placed.get(name))
         self._placed = {**self._placed, **placed}
         self._changed()
-
-    def _check_free(self, op: str, model: Model, paths: Mapping[str, str]) -> None:
-        for path in paths.values():
-            state = getattr(model.modules[path], "_lora", None)
-            if state is not None and state.calls is not self.calls:
-                raise ValueError(
-                    f"{op}: model: expected layers that nothing is attached to, got"
-                    f" {path or 'the model'}: detach its handle first, or add to that"
-                )
 
     def _place(
         self, model: Model, adapter: Adapter, paths: Mapping[str, str], new: dict[str, LayerState]
@@ -139,7 +118,7 @@ class Attached(NotCopied):
                 module = model.modules[path]
                 kind: Any = kind_of(module)
                 packed = kind.packed(module, f"{model.op}: {path or 'the model'}")
-                state = new[path] = LayerState(path, self.calls, type(module), packed)
+                state = new[path] = LayerState(path, self.calls, packed)
             return state
 
         def device(path: str) -> torch.device:
@@ -160,15 +139,17 @@ class Attached(NotCopied):
             state_of(paths[key])
         return self._shelf.place(adapter, paths, slots, device)
 
-    def _attach_layer(self, path: str, module: torch.nn.Module, state: LayerState) -> None:
+    def _attach_layer(
+        self, changes: ExitStack, path: str, module: torch.nn.Module, state: LayerState
+    ) -> None:
         kind = kind_of(module)
         assert kind is not None
-        module._lora = state  # type: ignore[assignment]
-        module.__class__ = attached_class(kind, state.base_class)
-        self._layers[path] = module
-        if any(isinstance(m, torch.nn.TransformerEncoderLayer) for m in self._above(path)):
+        put_before(changes, module, kind, "_lora", state)
+        above = list(self._above(path))
+        state.sequence_first = any(map(is_sequence_first, above))
+        if any(isinstance(m, torch.nn.TransformerEncoderLayer) for m in above):
             # Its fast path reads the weights past forward, but not where there is a hook.
-            state.hook = module.register_forward_pre_hook(_nothing)
+            changes.callback(module.register_forward_pre_hook(_nothing).remove)
 
     def _above(self, path: str) -> Iterable[torch.nn.Module]:
         """The modules that a path leads through."""
@@ -213,9 +194,10 @@ class Attached(NotCopied):
     def _changed(self) -> None:
         """After any change to what names mean."""
         self._kept = {}
-        mixture = mixture_of("set_adapter", self._active, self._placed)
+        active = None if self._merged.adapters else self._active
+        mixture = mixture_of("set_adapter", active, self._placed)
         by_torch = [p for p, _ in mixture if p.trained or p.dropout]
-        self.calls.default = self._rows([mixture], True, by_torch) if mixture else None
+        self.calls.default = self._rows([mixture], True, by_torch)
 
     def _rows(
         self,
@@ -223,19 +205,18 @@ class Attached(NotCopied):
         uniform: bool,
         by_torch: Iterable[Placed],
         repeat: int = 1,
-    ) -> Rows | None:
+    ) -> Rows:
         """by_torch: those that torch's own ops compute."""
-        if not any(mixtures):
-            return None
         by_torch = frozenset(by_torch)
         for placed in by_torch:
             placed.view()
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        return Rows(mixtures, uniform, device, by_torch, repeat)
+        with torch.inference_mode(False):  # they are kept
+            return Rows(mixtures, uniform, device, by_torch, repeat)
 
-    def rows_of(self, names: Any, batch: int | None, repeat: int = 1) -> Rows | None:
+    def rows_of(self, names: Any, batch: int | None, repeat: int = 1) -> Rows:
         """What a call's adapter_names, or with None set_adapter's choice, stand for; checked
-        before it runs. None: the base alone."""
+        before it runs."""
         if self._shelf.dropped:
             self._shelf.sweep()
         op = "adapter_names"
@@ -250,22 +231,31 @@ class Attached(NotCopied):
         if self._merged.adapters:
             if names is not None:
                 _check_unmerged(op, next(iter(self._merged.adapters)), self._merged)
-            return None
+            return self.calls.default
         kept = self._kept  # the one of now: who changes names makes a new one
         placed, active = self._placed, self._active
         if key in kept:
             return kept[key]
+        if names is not None:
+            self._check_batch_first(op)
         wanted = [active] if names is None else names
         mixtures = [mixture_of(op, name, placed) for name in wanted]
         named = {p for mixture in mixtures for p, _ in mixture}
         by_torch = [p for p in named if (p.trained and grad) or (p.dropout and training)]
         rows = self._rows(mixtures, names is None, by_torch, repeat)
-        if names is not None and rows is not None and grad:
-            self.calls.recorded = True
         if len(kept) >= _KEPT:
             kept.clear()
         kept[key] = rows
         return rows
+
+    def _check_batch_first(self, op: str) -> None:
+        for path, module in self._layers.items():
+            state: Any = module._lora
+            if state.sequence_first:
+                raise ValueError(
+                    f"{op}: expected layers whose dimension 0 is the batch, got {path}, of a module"
+                    " with batch_first=False: use set_adapter, or batch_first=True"
+                )
 
     # ---- training ----
 
@@ -345,8 +335,6 @@ class Attached(NotCopied):
         modules = dict(self.model.named_modules(remove_duplicate=False))
         self._merged.change(op, adapters, modules)
         self._changed()
-        if adapters:
-            self.calls.default = None
 
     # ---- out of the model ----
 
@@ -371,17 +359,7 @@ class Attached(NotCopied):
                 self._untrain(name, placed)
             for parameter, required in self._frozen:
                 parameter.requires_grad_(required)
-            del self.model._lora_model
-            self.model.__class__ = self._base_class
-            for module in self._layers.values():
-                state: Any = module._lora
-                module.__class__ = state.base_class
-                if state.hook is not None:
-                    state.hook.remove()
-                del module._lora
-            for module in self._checkpointed:
-                module.__class__ = module.__class__.__bases__[1]
-                del module._lora_calls
+            self._changes.close()
             self._placed, self._layers = {}, {}
             self._active = None
             self._changed()
@@ -396,6 +374,6 @@ def _frozen(name: Any) -> Any:
     return tuple(name.items()) if isinstance(name, Mapping) else name
 
 
-def _check_unmerged(op: str, name: str, merged: Merged) -> None:
+def _check_unmerged(op: str, name: str, merged: MergedBase) -> None:
     if name in merged.adapters:
         raise ValueError(f"{op}: expected no merged adapter, got {name!r}: unmerge it first")

@@ -7,6 +7,7 @@ A kind of base layer is a subclass of AttachedLayer in KINDS.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, NamedTuple
 
@@ -25,16 +26,13 @@ _ops = torch.ops.lora_engine
 
 
 class LayerState(NotCopied):
-    """What an attached layer knows beyond its own: its path, whose calls it follows, its class
-    before, its pools; packed: who stands in for it."""
+    """What an attached layer knows beyond its own: its path, whose calls it follows, its pools;
+    packed: who stands in for it; sequence_first: it is told that x's dimension 0 is no batch."""
 
-    def __init__(
-        self, path: str, calls: Calls, base_class: type, packed: NF4Linear | None = None
-    ) -> None:
-        self.path, self.calls, self.base_class = path, calls, base_class
-        self.packed = packed
+    def __init__(self, path: str, calls: Calls, packed: NF4Linear | None = None) -> None:
+        self.path, self.calls, self.packed = path, calls, packed
         self.placements: dict[str, Placement] = {}  # by the dtype of the pool
-        self.hook: Any = None
+        self.sequence_first = False
 
 
 class Delta(NamedTuple):
@@ -134,7 +132,7 @@ class AttachedLinear(AttachedLayer):
         """What is added from each pool that the rows name a slot of."""
         state, found = self._lora, []
         batch = x.shape[0] if x.ndim > 1 else 1
-        per = x.numel() // max(x.shape[-1] * batch, 1)
+        per = math.prod(x.shape[1:-1])
         for placement in state.placements.values():
             ids, weights = rows.spread(placement, state.path, batch, per)
             if ids is not None:

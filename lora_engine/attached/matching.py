@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from lora_engine.adapters.adapter import Adapter, LoraWeights
 from lora_engine.adapters.micro_lora import MicroLoRA
+from lora_engine.adapters.peft_tensors import PREFIX
 from lora_engine.attached.layers import (
     AttachedEmbedding,
     AttachedLayer,
@@ -21,7 +23,6 @@ from lora_engine.attached.layers import (
 from lora_engine.attached.placement import saved_of
 from lora_engine.attached.weights import PARAMETERS
 
-PREFIX = "base_model.model."  # of paths in a model that PEFT has wrapped
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,6 +39,13 @@ def kind_of(module: torch.nn.Module) -> type[AttachedLayer] | None:
     return None
 
 
+def is_sequence_first(module: torch.nn.Module) -> bool:
+    """Whether a module says that the batch is dimension 1 of what its layers are given."""
+    torchs = (torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
+    told: Any = module.self_attn if isinstance(module, torchs) else module
+    return getattr(told, "batch_first", None) is False
+
+
 class Model:
     """A model's modules by path, for matching."""
 
@@ -50,6 +58,18 @@ class Model:
             if isinstance(module, torch.nn.MultiheadAttention)
             for name, _ in module.named_children()
         }
+
+    def check_free(self, calls: Any) -> None:
+        """Refuses a model that another handle than that of these calls has a part of."""
+        for path, module in self.modules.items():
+            held = vars(module)
+            owners = [getattr(held.get(key), "calls", None) for key in ("_lora_model", "_lora")]
+            if any(other not in (None, calls) for other in (*owners, held.get("_lora_calls"))):
+                raise ValueError(
+                    f"{self.op}: model: expected one that nothing is attached to, nor to a part"
+                    f" of it, got {path or 'an attached one'}: use the add of its handle, or detach"
+                    " that first"
+                )
 
     def adapter(self, name: str, source: Any) -> Adapter:
         """An adapter from what a user gives: an Adapter, a MicroLoRA or a PEFT folder."""
@@ -67,17 +87,15 @@ class Model:
     def _of_micro_lora(self, name: str, lora: MicroLoRA) -> Adapter:
         """Its modules' weights for every path that ends in their names, as PEFT's
         target_modules mean it."""
-        config, modules = lora.config, {}
-        for target in config.target_modules:
-            weights = LoraWeights(*lora.weights(target))
+        own, modules = Adapter.from_micro_lora(lora), {}
+        for target, weights in own.modules.items():
             paths = [p for p in self.modules if p == target or p.endswith("." + target)]
-            if not paths and kind_of(self.root) and len(config.target_modules) == 1:
+            if not paths and kind_of(self.root) and len(own.modules) == 1:
                 paths = [""]
             if not paths:
                 self._refuse_foreign(name, [target])
             modules.update(dict.fromkeys(paths, weights))
-        peft_config = {"lora_dropout": config.dropout} if config.dropout else {}
-        return Adapter(modules, peft_config=peft_config)
+        return replace(own, modules=modules)
 
     def paths(self, name: str, adapter: Adapter) -> dict[str, str]:
         """The model's path for each of the adapter's; ValueError for one of another model."""
@@ -136,6 +154,21 @@ class Model:
                 raise ValueError(
                     f"{self.op}: {name}: {paths[key]}: bias: expected the shape of the layer's,"
                     f" {got}, got {list(bias.shape)}"
+                )
+        self._check_finite(name, adapter)
+
+    def _check_finite(self, name: str, adapter: Adapter) -> None:
+        """As files are read."""
+        tensors: list[tuple[str, Any]] = [
+            *adapter.biases.items(),
+            *adapter.modules_to_save.items(),
+        ]
+        for path, w in (*adapter.modules.items(), *adapter.embeddings.items()):
+            tensors += [(path, value) for value in w if value is not None]
+        for path, values in tensors:
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"{self.op}: {name}: {path}: expected finite numbers, got NaN or Inf"
                 )
 
     def _check_saved(

@@ -14,7 +14,7 @@ from lora_engine.attached.placement import Placed
 Tensor = torch.Tensor
 
 
-class Merged:
+class MergedBase:
     """The adapters that are merged, and copies of the weights and biases they were merged into."""
 
     def __init__(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_engine.attached.layers import AttachedLinear
 from lora_engine.attached.rows import Rows
 
 _eager: Any = torch.compiler.disable  # whatever is compiled around it
@@ -33,10 +35,14 @@ class AttachedModel:
         handle: Attached = self._lora_model
         local = handle.calls.local
         before = getattr(local, "rows", False)
-        if adapter_names is not None or before is False:
+        inside = adapter_names is None and before is not False
+        if not inside:
             local.rows = rows_of_call(handle, adapter_names, args, kwargs)
         try:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            if not inside:
+                follow(handle, output)
+            return output
         finally:
             if before is False:
                 del local.rows
@@ -45,8 +51,32 @@ class AttachedModel:
 
 
 @_eager  # type: ignore[untyped-decorator]
-def rows_of_call(handle: Attached, names: Any, args: Any, kwargs: Any) -> Rows | None:
-    return handle.rows_of(names, batch_of(args, kwargs))
+def rows_of_call(handle: Attached, names: Any, args: Any, kwargs: Any) -> Rows:
+    one_row = isinstance(handle.model, AttachedLinear)  # of one dimension
+    return handle.rows_of(names, batch_of(args, kwargs, one_row))
+
+
+@_eager  # type: ignore[untyped-decorator]
+def follow(handle: Attached, output: Any) -> None:
+    if torch.is_grad_enabled():
+        handle.calls.follow(output)
+
+
+def forward_with_names(base: type) -> Any:
+    """The forward of a model's class, with adapter_names, under the signature of its own."""
+    kind: Any = base
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return kind.forward(self, *args, **kwargs)
+        handle: Attached = self._lora_model
+        with handle.calls.within(rows_of_call(handle, adapter_names, args, kwargs)):
+            output = kind.forward(self, *args, **kwargs)
+            follow(handle, output)
+        return output
+
+    return forward
 
 
 class AttachedGenerator(AttachedModel):
@@ -54,9 +84,9 @@ class AttachedGenerator(AttachedModel):
 
     def generate(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """``generate`` of the model, each row of the inputs with its adapter."""
-        if adapter_names is None:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
         handle: Attached = self._lora_model
+        if adapter_names is None and hasattr(handle.calls.local, "rows"):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]  # inside another call
         with torch.no_grad():
             rows = handle.rows_of(adapter_names, batch_of(args, kwargs), repeats(self, kwargs))
         with handle.calls.within(rows):
@@ -78,8 +108,13 @@ class AttachedCheckpoint:
         """Not the layer's, which is for classes that people write."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "adapter_names" in kwargs:  # which a part handed on with its other **kwargs
+            raise TypeError(
+                "adapter_names: expected in a call of the attached model, got them in one of a"
+                " part of it"
+            )
         if self.gradient_checkpointing and self.training:
-            kwargs["_lora_rows"] = self._lora_calls.rows()
+            kwargs["_lora_rows"] = self._lora_calls.now()
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, _lora_rows: Any = False, **kwargs: Any) -> Any:
@@ -96,12 +131,13 @@ def checkpointed(model: torch.nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
-def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """How many elements a call's inputs have, None where that cannot be seen."""
+def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], one_row: bool = False) -> int | None:
+    """How many elements a call's inputs have, None where that cannot be seen. one_row: those of
+    one dimension are one."""
     named = [kwargs.get(name) for name in _INPUTS]
     for value in (*args, *named, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.ndim:
-            return int(value.shape[0])
+            return 1 if one_row and value.ndim == 1 else int(value.shape[0])
     return None
 
 

@@ -104,15 +104,19 @@ class Placed:
         """All weights as tensors, those in pools as views of their slots (copies of them, where
         the pool is not of the C++ core: they are not trained)."""
         if not self._viewed:
-            for path, (pool, slot) in self.slots.items():
-                try:
-                    A, B = pool.view(slot)
-                except TypeError:
-                    A, B = (torch.from_numpy(np.array(f)) for f in pool.get(slot)[:2])
-                scaling = pool.get(slot)[2]
-                self.weights.factors[path] = Factors(A, B, scaling)
+            with torch.inference_mode(False):  # they outlive the call, and may be trained
+                self._view()
             self._viewed = True
         return self.weights
+
+    def _view(self) -> None:
+        for path, (pool, slot) in self.slots.items():
+            try:
+                A, B = pool.view(slot)
+            except TypeError:
+                A, B = (torch.from_numpy(np.array(f)) for f in pool.get(slot)[:2])
+            scaling = pool.get(slot)[2]
+            self.weights.factors[path] = Factors(A, B, scaling)
 
     def now(self) -> Adapter:
         """The adapter with its weights of now."""
@@ -165,7 +169,8 @@ def _outline(adapter: Adapter) -> Adapter:
 
 
 def _tensor(array: Any, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.array(array, np.float32)).to(device)
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.array(array, np.float32)).to(device)
 
 
 def _array(tensor: Tensor) -> Any:
@@ -180,7 +185,7 @@ class Shelf:
         self.pools: dict[tuple[Any, ...], AdapterPool] = {}
         self._next = 1  # a number; 0 is none
         self._room = _FIRST  # of every table: a layer is also asked for numbers it has no slot of
-        self._placements: list[Placement] = []
+        self._placements: weakref.WeakSet[Placement] = weakref.WeakSet()  # layers hold them
         self._free: deque[int] = deque()
         self.dropped: deque[tuple[int, list[Placement]]] = deque()
 
@@ -197,7 +202,7 @@ class Shelf:
             if key not in self.pools:
                 self.pools[key] = AdapterPool(*sizes, dtype=dtype, device=device)
             placements[dtype] = Placement(self.pools[key], self._room, device)
-            self._placements.append(placements[dtype])
+            self._placements.add(placements[dtype])
         return placements[dtype]
 
     def place(

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import numbers
 import threading
+import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
+
+from lora_engine.attached.spread import runs_of, spread_out, traced
 
 if TYPE_CHECKING:
     from lora_engine.attached.placement import Placed, Placement
@@ -38,12 +46,12 @@ def mixture_of(op: str, name: Any, known: Mapping[str, Placed]) -> list[tuple[Pl
         raise ValueError(f"{op}: expected at least one adapter in a mixture, got {{}}")
     found = []
     for one, weight in name.items():
-        if one == BASE:
-            continue  # the base is always there, once
+        if one == BASE or one is None:
+            continue  # the base is always there, once; None fills up what a Router names
         if one not in known:
             names = ", ".join(known) or "none"
             raise ValueError(f"{op}: expected attached adapters ({names}) or {BASE}, got {one!r}")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
             raise TypeError(f"{op}: {one}: expected a number as its weight, got {weight!r}")
         if not math.isfinite(weight):
             raise ValueError(f"{op}: {one}: expected a finite weight, got {weight}")
@@ -55,10 +63,10 @@ class Rows:
     """The adapters of a batch's elements, resolved once, before anything runs.
 
     It holds what it names: an adapter that is replaced or removed meanwhile keeps its slots
-    until the last forward, or backward, pass that began with it is done.
+    until the last forward, or backward, pass that began with it is done. any: not the base alone.
 
-    numbers int32 [count, k], 0 for none; weights float32 like numbers, None for ones. uniform:
-    one row stands for a batch of any size.
+    numbers int32 [count, k], 0 for none; weights float32 like numbers, None for ones; traced: the
+    same for a compiled graph. uniform: one row stands for a batch of any size.
     """
 
     def __init__(
@@ -69,10 +77,11 @@ class Rows:
         by_torch: frozenset[Placed],
         repeat: int = 1,
     ) -> None:
+        self.any = any(mixtures)
         self.uniform = uniform
         self.repeat = repeat  # how often generate() may have repeated each element, in runs
         width = max([1, *(len(mixture) for mixture in mixtures)])
-        numbers = [[0] * width for _ in mixtures]
+        slots = [[0] * width for _ in mixtures]
         weights = [[1.0] * width for _ in mixtures]
         named: dict[Placed, tuple[list[int], list[float]]] = {}
         for i, mixture in enumerate(mixtures):
@@ -81,10 +90,12 @@ class Rows:
                 at.append(i)
                 with_.append(weight)
                 if placed not in by_torch:
-                    numbers[i][j], weights[i][j] = placed.number, weight
+                    slots[i][j], weights[i][j] = placed.number, weight
         plain = all(w == 1.0 for row in weights for w in row)
-        self.numbers = torch.tensor(numbers, dtype=torch.int32, device=device)
-        self.weights = None if plain else torch.tensor(weights, device=device)
+        self.traced = traced(slots, weights, uniform, repeat, device)
+        numbers, factors = (t[: len(slots), :width].contiguous() for t in self.traced[:2])
+        self.numbers = numbers
+        self.weights = None if plain else factors
         self.in_pools = frozenset(p.number for p in named if p not in by_torch)
         parts = []
         for placed, (at, with_) in named.items():
@@ -104,15 +115,9 @@ class Rows:
 
     def runs(self, path: str, batch: int) -> int:
         """How many elements of x in a row belong to one row here."""
-        count = self.numbers.shape[0]
-        if self.uniform or batch == count:
+        if self.uniform:
             return 1
-        if batch == count * self.repeat:
-            return self.repeat
-        raise ValueError(
-            f"adapter_names: expected one for each of the {batch} elements that come to"
-            f" {path or 'the model'}, got {count}"
-        )
+        return runs_of(self.numbers.shape[0], self.repeat, batch, path or "the model")
 
     def spread(
         self, placement: Placement, path: str, batch: int, per: int
@@ -122,33 +127,29 @@ class Rows:
         ids is None where no row names an adapter of this layer.
         """
         if torch.compiler.is_compiling():
-            return self._spread_out(placement, path, batch, per)
+            rows = (tensor.to(placement.table.device) for tensor in self.traced)
+            ids, weights = torch.ops.lora_engine.spread_rows(placement.table, *rows, batch, per)
+            return ids, weights
         kept = self._spread.get(placement)
         if kept is not None and kept[0] == batch and kept[1] == per:
             return kept[2], kept[3]
         if self.in_pools.isdisjoint(placement.slots):
             found: tuple[Tensor | None, Tensor | None] = (None, None)
         else:
-            found = self._spread_out(placement, path, batch, per)
+            with torch.inference_mode(False):  # it is kept for calls outside that mode too
+                found = self._spread_over(placement.table, path, batch, per)
         self._spread[placement] = (batch, per, *found)
         return found
 
-    def _spread_out(
-        self, placement: Placement, path: str, batch: int, per: int
+    def _spread_over(
+        self, table: Tensor, path: str, batch: int, per: int
     ) -> tuple[Tensor, Tensor | None]:
-        count, width = self.numbers.shape
-        n = batch if self.uniform else count
-        per = per * self.runs(path, batch)
-        ids = (
-            placement.table[self.numbers.to(placement.table.device)]
-            .view(count, 1, width)
-            .expand(n, per, width)
-        )
-        weights = self.weights
-        if weights is not None:
-            weights = weights.view(count, 1, width).expand(ids.shape).reshape(-1, width)
-        ids = ids.reshape(-1, width)
-        return (ids.view(-1), None) if width == 1 and weights is None else (ids, weights)
+        numbers = self.numbers.to(table.device)
+        weights = None if self.weights is None else self.weights.to(table.device)
+        elements = batch if self.uniform else len(numbers)
+        per *= self.runs(path, batch)
+        ids, weights = spread_out(table, numbers, weights, elements, per)
+        return (ids.view(-1), None) if ids.shape[1] == 1 and weights is None else (ids, weights)
 
     def elements(self, part: Part, path: str, batch: int) -> Tensor | None:
         """The batch's elements that name a part; None for all."""
@@ -170,10 +171,6 @@ class Rows:
         return weights.view(-1, *(1,) * (ndim - 1))
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
 class NotCopied:
     """What an attached model holds of one handle, whose slots a copy would share."""
 
@@ -187,27 +184,57 @@ class NotCopied:
 class Calls(NotCopied):
     """What the layers of one attached model look up: this thread's call, else the default."""
 
+    default: Rows  # for layers that are called by themselves
+
     def __init__(self) -> None:
         self.local = threading.local()  # .rows: while a call of this thread runs
-        self.recorded = False  # whether a call with names was under autograd
-        self.default: Rows | None = None  # for layers that are called by themselves
+        self._passes: deque[tuple[int, weakref.ref[Rows]]] = deque(maxlen=256)
 
     def rows(self) -> Rows | None:
         """Of a layer's call, None for the base alone."""
+        rows = self.now()
+        return rows if torch.compiler.is_compiling() or rows.any else None
+
+    def now(self) -> Rows:
+        """The same, for the base too."""
         rows: Any = getattr(self.local, "rows", False)
-        if rows is not False:
-            found: Rows | None = rows
-            return found
-        if self.recorded and not torch.compiler.is_compiling() and _in_backward():
+        if rows is False and not torch.compiler.is_compiling():
+            rows = self._of_backward()
+        found: Rows = self.default if rows is False else rows
+        return found
+
+    def follow(self, output: Any) -> None:
+        """What a backward pass through a call's output computes again, as a checkpoint does,
+        follows the rows of the call."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return  # where nothing is checkpointed
+        hook = functools.partial(self._begin, self.local.rows)
+        for leaf in tree_leaves(output):
+            for value in vars(leaf).values() if is_dataclass(leaf) else (leaf,):
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    value.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _begin(self, rows: Rows, grad: Tensor) -> None:
+        entry = torch._C._current_graph_task_id(), weakref.ref(rows)
+        if entry not in self._passes:
+            self._passes.append(entry)
+
+    def _of_backward(self) -> Any:
+        """The rows of the call whose backward pass runs here, False for none."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            return False
+        found = {rows() for of, rows in tuple(self._passes) if of == task} - {None}
+        if len(found) > 1:
             raise RuntimeError(
-                "adapter_names: backward: expected layers that transformers checkpoints, got"
-                " one that is computed again by a checkpoint of another kind, which does not keep"
-                " the names of the call: use set_adapter"
+                "adapter_names: backward: expected layers that transformers checkpoints, got one"
+                " that is computed again by a checkpoint of another kind in a pass through calls"
+                " of other names: call backward for each"
             )
-        return self.default
+        return found.pop() if found else False
 
     @contextlib.contextmanager
-    def within(self, rows: Rows | None) -> Iterator[None]:
+    def within(self, rows: Rows) -> Iterator[None]:
         """Around a call: its rows for this thread, and then those before."""
         before = getattr(self.local, "rows", False)
         self.local.rows = rows

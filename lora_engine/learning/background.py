@@ -18,12 +18,13 @@ from lora_engine.learning.sona_module import Array, Fast, Member, Module, Served
 log = logging.getLogger(__name__)
 
 THREADS = 2  # that a merge may use where one more is left to serving
+SHORTEST_WAIT = 1e-3  # seconds between two calls of a Repeater
 JOINED_RANKS = 4  # times the rank: that a session's adapter may grow to between two merges
 
 
 class BackgroundResult(NamedTuple):
     """What a pass did. quality_delta: the loss on held-out samples before minus after, NaN
-    where none were held out. note: why nothing was merged, or what was rejected."""
+    where none were held out or it is none. note: why nothing was merged, or what was rejected."""
 
     applied: bool
     note: str
@@ -46,10 +47,13 @@ def consolidate(m: Module, config: SonaConfig) -> BackgroundResult:
     except BaseException:
         _unfreeze(m)
         raise
-    if gain < 0.0:
+    judged = bool(m.held_out.count)
+    if judged and not gain >= 0.0:
         _drop(m, after, served)
         _unfreeze(m)
         note = f"rejected: the loss on held-out samples would rise by {-gain:.4g}"
+        if np.isnan(gain):
+            note = "rejected: the loss on held-out samples is not a number"
         return BackgroundResult(False, note, samples, len(merged), gain)
     _serve(m, after, merged, sums)
     return BackgroundResult(True, "", samples, len(merged), gain)
@@ -228,10 +232,13 @@ def _drop(m: Module, after: Served, before: Served) -> None:
 
 
 class Repeater:
-    """Calls a function every so often in a thread of its own, from start to stop."""
+    """Calls a function every so often in a thread of its own, from start to stop.
+
+    An error that comes again and again is logged once, until a call gives something.
+    """
 
     def __init__(self, call: Callable[[], Any], interval_ms: float) -> None:
-        self._call, self._seconds = call, interval_ms / 1e3
+        self._call, self._seconds = call, max(interval_ms / 1e3, SHORTEST_WAIT)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -249,8 +256,12 @@ class Repeater:
             thread.join()
 
     def _run(self) -> None:
+        failed = ""
         while not self._stop.wait(self._seconds):
             try:
-                self._call()
-            except Exception:  # serving and the next pass go on
-                log.exception("background: the pass failed; what is served is as it was")
+                if self._call() is not None:
+                    failed = ""
+            except Exception as error:  # serving and the next pass go on
+                if failed != repr(error):
+                    log.exception("background: a pass failed; what is served is as it was")
+                failed = repr(error)

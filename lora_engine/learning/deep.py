@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_engine import ops
+from lora_engine.learning.factor_sums import can_be_summed
 from lora_engine.learning.sona_config import SonaConfig
 from lora_engine.learning.sona_module import Array, Module
 from lora_engine.learning.training_samples import TrainingSample, imitation
@@ -18,7 +19,8 @@ FEWEST = 5  # samples, of which one is held out
 
 class DeepResult(NamedTuple):
     """What a deep run did. quality_delta: the loss on the held-out samples before minus after,
-    of the best epoch; NaN where nothing was trained. note: why nothing was, or was rejected."""
+    of the best epoch; NaN where nothing was trained, or no epoch's loss is a number. epochs:
+    0 where nothing was trained. note: why nothing was, or was rejected."""
 
     applied: bool
     note: str
@@ -60,11 +62,19 @@ def optimize(m: Module, config: SonaConfig, samples: Sequence[TrainingSample]) -
         raise
     if best is None:
         m.pool.remove(slot)
-        note = f"rejected: the loss on held-out samples would rise by {-gain:.4g}"
+        note = f"rejected: {_worse(gain)}"
         return DeepResult(False, note, len(train.x), len(held.x), config.deep_epochs, gain)
     m.pool.set(slot, *best, m.scaling)
     _serve(m, slot, train)
     return DeepResult(True, "", len(train.x), len(held.x), config.deep_epochs, gain)
+
+
+def _worse(gain: float) -> str:
+    if np.isnan(gain):
+        return "the loss on held-out samples is not a number"
+    if gain == 0.0:
+        return "the loss on held-out samples would be as before"
+    return f"the loss on held-out samples would rise by {-gain:.4g}"
 
 
 def _train(
@@ -75,7 +85,7 @@ def _train(
         m.ewc.set(slot, *m.fisher)
     step = ops.make_step(m.pool._backend, config.deep_lr, config.max_grad_norm, ewc=m.ewc)
     rng = np.random.default_rng([config.micro_lora.seed, 1])
-    before, best, gain = _loss(m, slot, held), None, -np.inf
+    before, best, gain = _loss(m, slot, held), None, np.nan
     with Bar("deep run", config.deep_epochs) as bar:
         for _ in range(config.deep_epochs):
             order = rng.permutation(len(train.x))
@@ -84,7 +94,7 @@ def _train(
                 m.storage.adapt_slot(batch.x, _gradient(m, slot, batch), slot, step)
             loss = _loss(m, slot, held)
             bar.advance(1, loss)
-            if before - loss > gain:
+            if np.isfinite(before - loss) and not before - loss <= gain:
                 gain = before - loss
                 best = m.pool.get(slot)[:2] if gain > 0.0 else None
     return best, gain
@@ -109,10 +119,12 @@ def _loss(m: Module, slot: int, data: _Data) -> float:
 
 
 def _serve(m: Module, slot: int, train: _Data) -> None:
-    u, v = ops.lora_fisher_factors(train.x, _gradient(m, slot, train))
-    n = len(train.x)
+    grad = _gradient(m, slot, train)
+    fits = can_be_summed(train.x) & can_be_summed(grad)
+    n = int(np.count_nonzero(fits))
+    u, v = (total / max(n, 1) for total in ops.lora_fisher_factors(train.x[fits], grad[fits]))
     with m.lock:
         m.forget()
         m.previous = (m.served._replace(fast={}, frozen={}), m.fisher, m.samples)
         m.served = m.served._replace(consolidated=slot)
-        m.take_fisher(u / n, v / n, n, slot)
+        m.take_fisher(u, v, n, slot)

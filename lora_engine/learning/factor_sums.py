@@ -13,9 +13,11 @@ LARGEST = 1e30  # of a sample's sum of squares: float32 sums of very many of the
 _ROWS = 64  # that are added up at a time: they stay in the cache
 
 
-def can_be_summed(*samples: F32) -> bool:
-    """Whether each sample's squares fit the sums, as le_pool_adapt_slot_observed decides it."""
-    return all(np.square(rows, dtype=np.float64).sum() <= LARGEST for rows in samples)
+def can_be_summed(rows: F32) -> NDArray[np.bool_]:
+    """[n]: whether a sample's squares fit the sums, as le_pool_adapt_slot_observed decides it of
+    all its rows together."""
+    squares: NDArray[np.float64] = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+    return squares <= LARGEST
 
 
 class FactorSums:

@@ -183,6 +183,8 @@ class MovingFisher:
 
     def _weight(self, samples: Any) -> Any:
         """sum of d^i over so many samples."""
+        if self.decay == 1.0:  # 1 / fisher_samples is below what float64 tells from 0
+            return samples * 1.0
         return (1.0 - self.decay**samples) / (1.0 - self.decay)
 
     def _add(self, rows: I64, slots: I64, batch: _Rows) -> NDArray[np.bool_]:

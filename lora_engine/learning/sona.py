@@ -39,13 +39,14 @@ TOO_LARGE = "too large for float32 sums of squares: learned, left out of the mer
 class SonaStats(NamedTuple):
     """What a Sona did since it was made, or since what it loaded began. pending_samples: applied,
     and seen by no consolidation yet. accumulated_quality: of applied samples since the last deep
-    run. skipped: how many samples taught nothing, or count for no consolidation, by reason.
-    engine: the counters of the C++ core, of the whole process."""
+    run. background_failed: passes that raised. skipped: how many samples taught nothing, or count
+    for no consolidation, by reason. engine: the counters of the C++ core, of the whole process."""
 
     instant_count: int
     instant_avg_latency_us: float
     background_count: int
     background_rejected: int
+    background_failed: int
     deep_count: int
     deep_rejected: int
     pending_samples: int
@@ -245,15 +246,20 @@ class Sona:
         """Merges every session's fast adapter into the consolidated one, now.
 
         What is served changes in one step, and only where it is no worse than before on the
-        samples held out; else everything stays, and the result says so.
+        samples held out; else everything stays, and the result says so. Where nothing waits
+        nothing is counted.
         """
         with self._pass_lock:
             self._last_pass = monotonic()
-            results = [background.consolidate(m, self.config) for m in self._modules.values()]
-            done = background.together(results)
-            with self._lock:
-                self._counts["background" if done.applied else "background_rejected"] += 1
-                if done.applied:
+            count = "background_failed"
+            try:
+                results = [background.consolidate(m, self.config) for m in self._modules.values()]
+                done = background.together(results)
+                count = "background" if done.applied else "background_rejected"
+            finally:
+                with self._lock:
+                    if count == "background_failed" or done.samples_used:
+                        self._counts[count] += 1
                     self._pending = self._waiting()
         log.debug("background: %s", done)
         return done
@@ -298,9 +304,10 @@ class Sona:
         m = self._module(module)
         with self._pass_lock:
             result = deep.optimize(m, self.config, samples)
-            with self._lock:
-                self._counts["deep" if result.applied else "deep_rejected"] += 1
-                self._quality = 0.0
+            if result.epochs:  # else nothing was trained
+                with self._lock:
+                    self._counts["deep" if result.applied else "deep_rejected"] += 1
+                    self._quality = 0.0
         log.debug("deep: %s", result)
         return result
 
@@ -312,9 +319,9 @@ class Sona:
             mean = self._seconds / self._instants * 1e6 if self._instants else 0.0
             return SonaStats(
                 self._instants, mean, self._counts["background"],
-                self._counts["background_rejected"], self._counts["deep"],
-                self._counts["deep_rejected"], self._pending, self._quality, dict(self._skipped),
-                counters(),
+                self._counts["background_rejected"], self._counts["background_failed"],
+                self._counts["deep"], self._counts["deep_rejected"], self._pending, self._quality,
+                dict(self._skipped), counters(),
             )  # fmt: skip
 
     def consolidated(self) -> MicroLoRA:

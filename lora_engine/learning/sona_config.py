@@ -8,9 +8,8 @@ from numbers import Real
 from typing import Any
 
 from lora_engine.adapters.config import MicroLoRAConfig
+from lora_engine.learning.consolidation import check_strategy
 from lora_engine.learning.ewc import EWC_LAMBDA, GAMMA
-
-STRATEGIES = ("ewc_merge", "average", "quality_weighted", "best_only", "ensemble")
 
 # (background_interval_ms, ewc_lambda over the default's, max_pending_samples), after the tables
 # of the RuvLLM fine-tuning guide, "Performance Tuning"; the ranks and modules are those of
@@ -30,8 +29,9 @@ class SonaConfig:
     instant_lr, max_grad_norm: of a request's step on its session's adapter; by a quality the
     norm is at most 1.
     background_interval_ms, background_min_samples: ``maybe_background`` runs when this much
-    time has passed and this many samples wait. max_pending_samples: how many rows may wait; a
-    call with more still changes its session's adapter, and counts for no merge.
+    time has passed (a thread waits 1 ms at least) and this many samples wait.
+    max_pending_samples: how many rows may wait; a call with more still changes its session's
+    adapter, and counts for no merge.
     consolidation: "ewc_merge", "average", "quality_weighted", "best_only", "ensemble".
     ewc_lambda, ewc_gamma: the penalty (delta form) on leaving what is consolidated, 0 for none,
     and what is kept of the Fisher information at each consolidation; defaults of ``EWC``.
@@ -79,11 +79,7 @@ class SonaConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"SonaConfig: {name}: expected 1 or more, got {value!r}")
-        if self.consolidation not in STRATEGIES:
-            known = ", ".join(STRATEGIES)
-            raise ValueError(
-                f"SonaConfig: consolidation: expected one of {known}, got {self.consolidation!r}"
-            )
+        check_strategy("SonaConfig: consolidation", self.consolidation)
 
     def _number(
         self, name: str, low: float, high: float, expected: str, above: bool = False

@@ -225,7 +225,8 @@ class Module:
             return done
         outcome, norm = self.storage.adapt_slot(x, grad, slot, step)
         if observe and outcome == ops.APPLIED:
-            if not can_be_summed(as_float32(x), as_float32(grad)):
+            both = (as_float32(rows).reshape(1, -1) for rows in (x, grad))
+            if not all(can_be_summed(rows)[0] for rows in both):
                 return ops.NOT_OBSERVED, norm
             self.pool._backend.lora_fisher_factors(x, grad, (self.sums.u[slot], self.sums.v[slot]))
         return outcome, norm
