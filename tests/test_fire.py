@@ -75,9 +75,12 @@ def test_address_and_undefined_behaviour(with_address):
 def test_fuzzed(target, with_address, tmp_path):
     need("clang++")
     program = with_address / f"fuzz_{target}"
+    # A long run goes on from what earlier ones found.
+    kept = (ROOT / "build" / "corpus" if LONG else tmp_path) / target
+    kept.mkdir(parents=True, exist_ok=True)
     arguments = [f"-max_total_time={FUZZ}", "-max_len=2048", "-timeout=10", "-rss_limit_mb=1024"]
-    found = f"-artifact_prefix={tmp_path}/"
-    said = last_lines(program, *arguments, found, tmp_path, C_TESTS / "corpus" / target)
+    found = f"-artifact_prefix={kept}-"
+    said = last_lines(program, *arguments, found, kept, C_TESTS / "corpus" / target)
     assert "Done " in said
 
 

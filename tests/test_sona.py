@@ -118,6 +118,18 @@ def test_quality_moves_opposite_ways_and_constant_quality_none():
     assert not served(sona).any()
 
 
+@pytest.mark.parametrize(("max_grad_norm", "most"), [(1e6, 1.0), (0.5, 0.5)])
+def test_a_step_by_quality_is_bounded(max_grad_norm, most):
+    sona = le.Sona(config(max_grad_norm=max_grad_norm))
+    sona.instant_adapt(row(0), le.Feedback.from_quality(0.0))
+    sona.forward(row(0), explore=1e-3)
+    result = sona.instant_adapt(row(0), le.Feedback.from_quality(1.0))
+    assert result.grad_norm > 100.0
+    m = module(sona)
+    A, B, _ = m.pool.get(m.served.fast[None].slot)
+    assert np.hypot(np.linalg.norm(A - m.A), np.linalg.norm(B)) == pytest.approx(0.05 * most)
+
+
 def test_torch_tensors():
     sona, same = le.Sona(config()), le.Sona(config())
     for i in range(4):

@@ -13,7 +13,7 @@ from helpers_sona import IN, OUT, config, module, row, served, taught
 
 import lora_engine as le
 from lora_engine.learning import background, consolidation
-from lora_engine.learning.sona_config import STRATEGIES
+from lora_engine.learning.consolidation import STRATEGIES
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -125,18 +125,20 @@ def test_many_rejected_passes_keep_adapters_small(monkeypatch):
     assert sona.stats().pending_samples == 59
 
 
-def test_a_pass_that_fails_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("where", [(consolidation, "consolidate"), (background, "_gain")])
+def test_a_pass_that_fails_changes_nothing(where, monkeypatch):
     sona = le.Sona(config())
     taught(sona)
-    before = served(sona, 1)
+    before, adapters = served(sona, 1), len(module(sona).pool)
 
     def fails(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(consolidation, "consolidate", fails)
+    monkeypatch.setattr(*where, fails)
     with pytest.raises(KeyboardInterrupt):
         sona.background()
     assert np.array_equal(served(sona, 1), before)
+    assert len(module(sona).pool) == adapters
     monkeypatch.undo()
     assert sona.background().samples_used == 450
 

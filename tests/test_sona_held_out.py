@@ -67,3 +67,16 @@ def test_a_load_of_other_adapters_holds_nothing_of_the_former_life(tmp_path):
         taught(one, sessions=1, samples=30)
     for got, want in zip(*(module(s).held_out.samples() for s in (sona, fresh)), strict=True):
         assert bits(got) == bits(want)
+
+
+def test_a_target_beyond_float32_is_not_held_out():
+    """It could be judged by no more, nor saved."""
+    sona = le.Sona(config())
+    taught(sona, sessions=1, samples=1)
+    m = module(sona)
+    A, B, scaling = m.pool.get(m.served.fast[0].slot)
+    m.pool.set(m.served.fast[0].slot, A, np.full_like(B, 3e38), scaling)
+    for i in range(20):
+        feedback = le.Feedback.from_gradient(1e-9 * row(i, OUT))
+        sona.instant_adapt(row(i), feedback, session=0)
+    assert np.isfinite(m.held_out.samples()[1]).all()

@@ -9,9 +9,9 @@ from helpers_sona import config, module, row, taught
 
 import lora_engine as le
 from lora_engine import ops
+from lora_engine.learning.consolidation import STRATEGIES
 from lora_engine.learning.factor_sums import FactorSums
 from lora_engine.learning.sona import TOO_LARGE
-from lora_engine.learning.sona_config import STRATEGIES
 
 IN, OUT = 37, 21
 

@@ -144,6 +144,8 @@ def test_resumed_learning_by_quality_gives_the_same_bits(tmp_path):
     other, resumed = made("sgd")
     by_quality(other, resumed, 50, 55)
     resumed.load(other, tmp_path / "checkpoint")
+    assert other._modules["q"].samples == 1
+    assert other._modules["q"].rated  # its step is to be bounded
     by_quality(other, resumed, 8, 20)
     assert weight_bits(other) == weight_bits(lora)
     assert other._modules["q"].baseline.value == lora._modules["q"].baseline.value

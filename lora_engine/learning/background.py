@@ -35,20 +35,21 @@ class BackgroundResult(NamedTuple):
 
 def consolidate(m: Module, config: SonaConfig) -> BackgroundResult:
     """One module's pass. While it works, sessions learn on in fresh fast adapters."""
-    served = _freeze(m)
-    merged, sums = _waiting(m, served)
-    samples = sum(fast.pending for fast in merged)
-    if not samples:
-        _unfreeze(m)
-        return BackgroundResult(False, "no samples wait", 0, 0, float("nan"))
+    served, after = _freeze(m), None
     try:
+        merged, sums = _waiting(m, served)
+        samples = sum(fast.pending for fast in merged)
+        if not samples:
+            _unfreeze(m)
+            return BackgroundResult(False, "no samples wait", 0, 0, float("nan"))
         after = _merged(m, config, served, merged)
         gain = _gain(m, served, after)
     except BaseException:
+        if after is not None:
+            _drop(m, after, served)
         _unfreeze(m)
         raise
-    judged = bool(m.held_out.count)
-    if judged and not gain >= 0.0:
+    if gain is not None and not gain >= 0.0:
         _drop(m, after, served)
         _unfreeze(m)
         note = f"rejected: the loss on held-out samples would rise by {-gain:.4g}"
@@ -56,7 +57,7 @@ def consolidate(m: Module, config: SonaConfig) -> BackgroundResult:
             note = "rejected: the loss on held-out samples is not a number"
         return BackgroundResult(False, note, samples, len(merged), gain)
     _serve(m, after, merged, sums)
-    return BackgroundResult(True, "", samples, len(merged), gain)
+    return BackgroundResult(True, "", samples, len(merged), float("nan") if gain is None else gain)
 
 
 def together(results: Sequence[BackgroundResult]) -> BackgroundResult:
@@ -119,12 +120,13 @@ def _waiting(m: Module, served: Served) -> tuple[list[Fast], list[Array]]:
     sums = m.sums.over([one.slot for one in found])
     if all(np.isfinite(total).all() for total in sums):
         return found, sums
-    for one in found:
-        if not all(np.isfinite(rows[one.slot]).all() for rows in m.sums):
-            log.warning("background: %d samples are left out: their sums are Inf", one.pending)
-            m.sums.begin(one.slot)
-            one.pending, one.quality = 0, 0.0
-            one.inputs.fill(0.0)
+    with m.lock:
+        for one in found:
+            if not all(np.isfinite(rows[one.slot]).all() for rows in m.sums):
+                log.warning("background: %d samples are left out: their sums are Inf", one.pending)
+                m.sums.begin(one.slot)
+                one.pending, one.quality = 0, 0.0
+                one.inputs.fill(0.0)
     return _waiting(m, served)
 
 
@@ -198,11 +200,12 @@ def _member(adapter: Fast) -> Member:
     return Member(adapter.slot, direction, adapter.quality / adapter.pending)
 
 
-def _gain(m: Module, before: Served, after: Served) -> float:
-    """The loss on held-out samples before minus after, of what a new session is served."""
+def _gain(m: Module, before: Served, after: Served) -> float | None:
+    """The loss on held-out samples before minus after, of what a new session is served; None
+    where none are held out."""
     x, target = m.held_out.samples()
     if not len(x):
-        return float("nan")
+        return None
     stranger: Hashable = object()
     losses = []
     for served in (before, after):

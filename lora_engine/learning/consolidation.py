@@ -44,12 +44,10 @@ class Consolidated(NamedTuple):
     sweeps: int
 
 
-def check_strategy(strategy: Any) -> None:
+def check_strategy(where: str, strategy: Any) -> None:
     """Raises ValueError unless it is one of STRATEGIES."""
     if strategy not in STRATEGIES:
-        raise ValueError(
-            f"consolidate: strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}"
-        )
+        raise ValueError(f"{where}: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
 
 
 def _per_slot(name: str, values: Any, count: int, most: float) -> NDArray[np.float64]:
@@ -69,7 +67,7 @@ def strategy_weights(strategy: str, quality: Any, samples: Any) -> NDArray[np.fl
     quality times samples are in its units. Sessions that are all worth nothing weigh 0 each.
     Raises ValueError (an unknown strategy, "ensemble", K = 0, values out of range).
     """
-    check_strategy(strategy)
+    check_strategy("consolidate: strategy", strategy)
     if strategy == "ensemble":
         raise ValueError(
             "consolidate: strategy: expected one that merges, got ensemble, which keeps adapters"

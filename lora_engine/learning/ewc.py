@@ -13,7 +13,7 @@ import numpy as np
 from lora_engine.adapters.config import MAX_FLOAT
 from lora_engine.adapters.micro_lora import MicroLoRA
 from lora_engine.adapters.pool import AdapterPool
-from lora_engine.learning import samples
+from lora_engine.learning import host_arrays
 
 if TYPE_CHECKING:
     from lora_engine.learning.ewc_pool import PoolEwc
@@ -173,12 +173,12 @@ class EWC:
         """
         op = "EWC.observe"
         if isinstance(self.target, AdapterPool):
-            held, ids = self._pools[self.target], samples.slots(op, module_or_ids)
+            held, ids = self._pools[self.target], host_arrays.slots(op, module_or_ids)
         else:
             held, slot = self._find("observe", module_or_ids)
             ids = np.array(slot)
-        rows = samples.rows(op, "x", x, held.pool.in_features)
-        up = samples.rows(op, "grad", grad, held.pool.out_features, len(rows))
+        rows = host_arrays.rows(op, "x", x, held.pool.in_features)
+        up = host_arrays.rows(op, "grad", grad, held.pool.out_features, len(rows))
         if ids.ndim and ids.shape != (len(rows),):
             raise ValueError(f"{op}: ids: expected shape [{len(rows)}], got {list(ids.shape)}")
         taken, left_out = held.observe(rows, up, ids)
@@ -218,7 +218,7 @@ class EWC:
         if ids is None:
             return None if isinstance(self.target, AdapterPool) else self._wanted([*self._where])
         if isinstance(self.target, AdapterPool):
-            found = np.unique(samples.slots("EWC.consolidate", ids))
+            found = np.unique(host_arrays.slots("EWC.consolidate", ids))
             if len(found) and found[0] < 0:
                 raise IndexError("EWC.consolidate: ids: expected slots in use, got -1")
             return {self.target: found.tolist()}

@@ -33,6 +33,9 @@ def _owned(value: Any) -> Any:
 class FeedbackBuffer:
     """Feedback from many threads that waits for one that trains; at most ``capacity`` of it.
 
+    A quality comes with the trace or the output that it is of: the last trace of a thread is its
+    own, and whoever trains has another thread's.
+
     ``put`` never waits for training: when the buffer is full the oldest goes, as it is of the
     oldest weights, and is counted in ``dropped``. Safe to use from several threads.
     Raises ValueError for a capacity below 1.

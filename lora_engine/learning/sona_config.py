@@ -8,9 +8,8 @@ from numbers import Real
 from typing import Any
 
 from lora_engine.adapters.config import MicroLoRAConfig
+from lora_engine.learning.consolidation import check_strategy
 from lora_engine.learning.ewc import EWC_LAMBDA, GAMMA
-
-STRATEGIES = ("ewc_merge", "average", "quality_weighted", "best_only", "ensemble")
 
 # (background_interval_ms, ewc_lambda over the default's, max_pending_samples), after the tables
 # of the RuvLLM fine-tuning guide, "Performance Tuning"; the ranks and modules are those of
@@ -80,11 +79,7 @@ class SonaConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"SonaConfig: {name}: expected 1 or more, got {value!r}")
-        if self.consolidation not in STRATEGIES:
-            known = ", ".join(STRATEGIES)
-            raise ValueError(
-                f"SonaConfig: consolidation: expected one of {known}, got {self.consolidation!r}"
-            )
+        check_strategy("SonaConfig: consolidation", self.consolidation)
 
     def _number(
         self, name: str, low: float, high: float, expected: str, above: bool = False

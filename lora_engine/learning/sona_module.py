@@ -233,13 +233,14 @@ class Module:
 
     def held_out_target(self, x: Any, grad: Any, session: Hashable) -> tuple[Array, Array] | None:
         """x, and where a step of 1 along the gradient would move the output; None where the
-        gradient does not fit, of which the step has more to say."""
+        gradient does not fit, of which the step has more to say, or that is beyond float32."""
         rows, up = as_float32(x), as_float32(grad)
         target: Array = self.forward(rows, session, None)
         if up.shape != target.shape:
             return None
-        target -= up
-        return rows, target
+        with np.errstate(over="ignore", invalid="ignore"):
+            target -= up
+        return (rows, target) if np.isfinite(target).all() else None
 
     def forgotten(self) -> list[int]:
         """Slots that were kept for a rollback alone; whoever takes them removes them."""
