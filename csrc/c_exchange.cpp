@@ -11,20 +11,6 @@
 namespace le {
 namespace {
 
-int32_t dtype_of(const char *op, const DLTensor &t) {
-  if (t.lanes == 1) {
-    if (t.code == kDLFloat && t.bits == 32) return LE_FLOAT32;
-    if (t.code == kDLFloat && t.bits == 16) return LE_FLOAT16;
-    if (t.code == kDLFloat && t.bits == 64) return LE_FLOAT64;
-    if (t.code == kDLBfloat && t.bits == 16) return LE_BFLOAT16;
-    if (t.code == kDLInt && t.bits == 32) return LE_INT32;
-    if (t.code == kDLUInt && t.bits == 8) return LE_UINT8;
-  }
-  fail(LE_ERROR_TYPE,
-       "%s: dltensor: expected a dtype of le_dtype, got code %d of %d bits, %d lanes", op, t.code,
-       t.bits, t.lanes);
-}
-
 void from_dltensor(const char *op, const DLTensor &t, le_array *out) {
   if (t.device_type != kDLCpu && t.device_type != kDLCudaHost && t.device_type != kDLRocmHost)
     fail(LE_ERROR_UNSUPPORTED, "%s: dltensor: expected memory of the CPU, got device type %d", op,
@@ -33,7 +19,11 @@ void from_dltensor(const char *op, const DLTensor &t, le_array *out) {
     fail(LE_ERROR_VALUE, "%s: dltensor: expected 0 to %d dimensions and a shape, got %d", op,
          LE_MAX_DIMS, t.ndim);
   le_array a{};
-  a.dtype = dtype_of(op, t);
+  a.dtype = dtype_of(t);
+  if (a.dtype < 0)
+    fail(LE_ERROR_TYPE,
+         "%s: dltensor: expected a dtype of le_dtype, got code %d of %d bits, %d lanes", op, t.code,
+         t.bits, t.lanes);
   a.ndim = t.ndim;
   a.data = t.data ? static_cast<char *>(t.data) + t.byte_offset : nullptr;
   int64_t compact = 1;

@@ -22,6 +22,18 @@ le::Ewc *ewc_of(const char *op, const le_step &step) {
   return step.ewc ? &core_of(op, "ewc", step.ewc) : nullptr;
 }
 
+// Of one slot; sums: where its samples' Fisher factors are added up, or nowhere.
+void adapt_slot(const char *op, le::AdapterPool &pool, int32_t slot, const le_array *x,
+                const le_array *grad, const le_step *step, const le::FactorSums &sums,
+                uint8_t *outcome, double *grad_norm) {
+  require(op, "step", step);
+  require(op, "outcome", outcome);
+  require(op, "grad_norm", grad_norm);
+  le::AdaptCall counted;
+  le::pool_adapt_slot(pool, slot, x, grad, *step, ewc_of(op, *step), sums, outcome, grad_norm);
+  le::count_skipped(outcome, 1);
+}
+
 }  // namespace
 
 extern "C" {
@@ -42,12 +54,7 @@ le_status le_pool_adapt_slot(le_pool *pool, int32_t slot, const le_array *x, con
                              const le_step *step, uint8_t *outcome, double *grad_norm) {
   const char *op = "batched_adapt";
   return with(op, "pool", pool, [&](le::AdapterPool &p) {
-    require(op, "step", step);
-    require(op, "outcome", outcome);
-    require(op, "grad_norm", grad_norm);
-    le::AdaptCall counted;
-    le::pool_adapt_slot(p, slot, x, grad, *step, ewc_of(op, *step), {}, outcome, grad_norm);
-    le::count_skipped(outcome, 1);
+    adapt_slot(op, p, slot, x, grad, step, {}, outcome, grad_norm);
   });
 }
 
@@ -56,14 +63,9 @@ le_status le_pool_adapt_slot_observed(le_pool *pool, int32_t slot, const le_arra
                                       const le_array *v, uint8_t *outcome, double *grad_norm) {
   const char *op = "batched_adapt";
   return with(op, "pool", pool, [&](le::AdapterPool &p) {
-    require(op, "step", step);
     require(op, "u", u);
     require(op, "v", v);
-    require(op, "outcome", outcome);
-    require(op, "grad_norm", grad_norm);
-    le::AdaptCall counted;
-    le::pool_adapt_slot(p, slot, x, grad, *step, ewc_of(op, *step), {u, v}, outcome, grad_norm);
-    le::count_skipped(outcome, 1);
+    adapt_slot(op, p, slot, x, grad, step, {u, v}, outcome, grad_norm);
   });
 }
 

@@ -13,7 +13,6 @@ namespace le_py {
 namespace {
 
 using le::DLTensor, le::kDLCpu;
-using le::kDLBfloat, le::kDLFloat, le::kDLInt, le::kDLUInt;
 
 // The part of DLPack's exchange that torch has.
 struct DLExchange {
@@ -173,24 +172,6 @@ void refuse_negated(nb::handle object, const Array &a, const char *op, const cha
                                 " pass tensor.resolve_neg()");
 }
 
-void set_dtype(le_array &v, uint8_t code, uint8_t bits, nb::handle object, const char *op,
-               const char *arg) {
-  if (code == kDLFloat && bits == 32)
-    v.dtype = LE_FLOAT32;
-  else if (code == kDLBfloat && bits == 16)
-    v.dtype = LE_BFLOAT16;
-  else if (code == kDLFloat && bits == 16)
-    v.dtype = LE_FLOAT16;
-  else if (code == kDLFloat && bits == 64)
-    v.dtype = LE_FLOAT64;
-  else if (code == kDLInt && bits == 32)
-    v.dtype = LE_INT32;
-  else if (code == kDLUInt && bits == 8)
-    v.dtype = LE_UINT8;
-  else
-    raise_dtype(op, arg, object.attr("dtype"));
-}
-
 [[noreturn]] void raise_device(nb::handle object, const char *op, const char *arg) {
   raise(PyExc_ValueError,
         where(op, arg) + "a tensor on the cpu, got one on " + text_of(object.attr("device")));
@@ -204,15 +185,15 @@ Array from_attributes(nb::handle object, const char *op, const char *arg) {
   std::string dtype = text_of(object.attr("dtype"));
   struct Known {
     const char *name;
-    uint8_t code, bits;
+    int32_t dtype;
   };
-  constexpr Known known[] = {{"torch.float32", kDLFloat, 32}, {"torch.bfloat16", kDLBfloat, 16},
-                             {"torch.float16", kDLFloat, 16}, {"torch.float64", kDLFloat, 64},
-                             {"torch.int32", kDLInt, 32},     {"torch.uint8", kDLUInt, 8}};
-  Known is{};
+  constexpr Known known[] = {{"torch.float32", LE_FLOAT32}, {"torch.bfloat16", LE_BFLOAT16},
+                             {"torch.float16", LE_FLOAT16}, {"torch.float64", LE_FLOAT64},
+                             {"torch.int32", LE_INT32},     {"torch.uint8", LE_UINT8}};
+  v.dtype = -1;
   for (const Known &one : known)
-    if (dtype == one.name) is = one;
-  set_dtype(v, is.code, is.bits, object, op, arg);
+    if (dtype == one.name) v.dtype = one.dtype;
+  if (v.dtype < 0) raise_dtype(op, arg, object.attr("dtype"));
   nb::object shape = object.attr("shape"), strides = object.attr("stride")();
   v.ndim = static_cast<int32_t>(nb::len(shape));
   check_ndim(op, arg, v.ndim);
@@ -237,7 +218,8 @@ Array from_exchange(nb::handle object, const char *op, const char *arg) {
   Array out;
   le_array &v = out.view;
   check_ndim(op, arg, t.ndim);
-  set_dtype(v, t.code, t.lanes == 1 ? t.bits : 0, object, op, arg);
+  v.dtype = le::dtype_of(t);
+  if (v.dtype < 0) raise_dtype(op, arg, object.attr("dtype"));
   v.ndim = t.ndim;
   for (int i = 0; i < t.ndim; ++i) {
     v.shape[i] = t.shape[i];
