@@ -126,7 +126,7 @@ def _waiting(m: Module, served: Served) -> tuple[list[Fast], list[Array]]:
                 log.warning("background: %d samples are left out: their sums are Inf", one.pending)
                 m.sums.begin(one.slot)
                 one.pending, one.quality = 0, 0.0
-                one.inputs.fill(0.0)
+                one.inputs = np.zeros_like(one.inputs)
     return _waiting(m, served)
 
 
@@ -136,12 +136,12 @@ def _joined(m: Module, older: Fast, newer: Fast) -> Fast:
     A, B = np.concatenate([A, more_A]), np.concatenate([B, more_B], axis=1)
     if len(A) > JOINED_RANKS * m.rank:
         A, B = _low_rank_sum(m, older.slot, [newer.slot], [1.0])
-    made = Fast(m.pool.add(A, B, m.scaling), m.in_features)
+    made = m.fast_of(m.pool.add(A, B, m.scaling))
     m.hold(made.slot, A)
     m.sums.begin(made.slot)
     for rows in m.sums:
         np.add(rows[older.slot], rows[newer.slot], out=rows[made.slot])
-    np.add(older.inputs, newer.inputs, out=made.inputs)
+    made.inputs = older.inputs + newer.inputs
     made.quality = older.quality + newer.quality
     made.pending = older.pending + newer.pending
     return made

@@ -35,9 +35,9 @@ class Fast:
 
     __slots__ = ("inputs", "pending", "quality", "slot")
 
-    def __init__(self, slot: int, in_features: int) -> None:
+    def __init__(self, slot: int, inputs: Array) -> None:
         self.slot = slot
-        self.inputs = np.zeros(in_features, np.float32)  # sum of x, where it is asked for
+        self.inputs = inputs  # sum of x, where it is asked for
         self.quality = 0.0  # sum over samples
         self.pending = 0  # samples that no consolidation has seen
 
@@ -97,6 +97,7 @@ class Module:
             for max_norm in (config.max_grad_norm, min(config.max_grad_norm, QUALITY_MAX_NORM))
         )
         self.mean_inputs = config.consolidation == "ensemble"
+        self._no_inputs = np.zeros(self.in_features, np.float32)  # one for all that need none
         self.lock = threading.Lock()
         rng = np.random.default_rng([micro.seed, *name.encode()])
         bound = 1.0 / math.sqrt(self.in_features)
@@ -174,7 +175,11 @@ class Module:
         slot = self.pool.add(self.A, self.B, self.scaling)
         self.sums.begin(slot)
         self.hold(slot, self.A)
-        return Fast(slot, self.in_features)
+        return self.fast_of(slot)
+
+    def fast_of(self, slot: int) -> Fast:
+        """What is kept of a session's adapter, with nothing seen yet."""
+        return Fast(slot, self._no_inputs.copy() if self.mean_inputs else self._no_inputs)
 
     def hold(self, slot: int, A: Array) -> None:
         """Has the penalty hold a session's adapter near adding nothing to what is served."""

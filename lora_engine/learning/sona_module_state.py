@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_engine.adapters.exploration import Baseline
 from lora_engine.learning.background import JOINED_RANKS
-from lora_engine.learning.sona_module import Array, Fast, Member, Module, Served
+from lora_engine.learning.sona_module import Array, Member, Module, Served
 from lora_engine.safetensors_file import short
 
 Tensors = dict[str, np.ndarray]
@@ -204,10 +204,11 @@ def _restored(m: Module, served: Served, tensors: Tensors, names: Names) -> Serv
     anchors = iter(np.split(t["held_A"], np.cumsum(t["fast_ranks"][t["held"] > 0])[:-1]))
     factors = iter(zip(t["held_u"], t["held_v"], strict=True))
     for i, (session, (A, B)) in enumerate(zip(names["fast"], _factors(t, "fast"), strict=True)):
-        fast = Fast(m.pool.add(A, B, m.scaling), m.in_features)
+        fast = m.fast_of(m.pool.add(A, B, m.scaling))
         m.sums.begin(fast.slot)
         m.sums.u[fast.slot], m.sums.v[fast.slot] = t["u"][i], t["v"][i]
-        fast.inputs[:] = t["inputs"][i]
+        if m.mean_inputs:
+            fast.inputs[:] = t["inputs"][i]
         fast.quality, fast.pending = float(t["quality"][i]), int(t["pending"][i])
         if t["held"][i]:
             (u, v), anchor = next(factors), next(anchors)
