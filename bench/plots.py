@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "black")
 MARKERS = "osD^vPX*<>"
 _STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
 
@@ -147,7 +147,8 @@ def growth(rows: Sequence[dict[str, Any]], axis: str) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for (op, curve), color, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
+        for i, (op, curve) in enumerate(curves.items()):
+            color, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             x = [p["value"] for p in curve]
             low, high = [p["p10_us"] for p in curve], [p["p90_us"] for p in curve]
             axes.fill_between(x, low, high, color=color, alpha=0.25)

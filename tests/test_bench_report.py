@@ -19,7 +19,7 @@ import helpers_report
 import numpy as np
 import pytest
 
-from bench import command, compare, formats, growth, instructions, latency, page, suite
+from bench import command, compare, formats, growth, growth_ops, instructions, latency, page, suite
 from lora_engine.cli import main
 
 CHROMIUM = shutil.which("chromium")
@@ -342,11 +342,11 @@ def test_percentiles_are_of_single_calls_and_need_enough_of_them() -> None:
 
 
 def test_points_of_growth_are_held_to_the_reference() -> None:
-    point = growth.Point(rows=3, rank=2, adapters=2, hidden=64)
-    for op in growth.OPS.values():
+    point = growth_ops.Point(rows=3, rank=2, adapters=2, hidden=64)
+    for op in growth_ops.OPS.values():
         op.build(point).verify()
     found = list(growth.points(quick=False, threads=2))
-    assert {place.op for place in found} == set(growth.OPS)
+    assert {place.op for place in found} == set(growth_ops.OPS)
     assert {place.axis for place in found} == set(growth.AXES)
     assert all(p.point.rows >= p.point.adapters for p in found if p.axis == "adapters")
     adapt = [p.value for p in found if (p.op, p.axis) == ("pool.adapt", "threads")]
@@ -355,24 +355,27 @@ def test_points_of_growth_are_held_to_the_reference() -> None:
 
 def test_a_wrong_output_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a curve's point, and of a variant: the reference is moved instead of the op."""
-    point = growth.Point(rows=3, rank=2, adapters=2, hidden=64)
-    real = growth.reference.batched_adapt
+    point = growth_ops.Point(rows=3, rank=2, adapters=2, hidden=64)
+    real = growth_ops.reference.batched_adapt
     for op, name in (
+        ("lora.forward", "lora_delta"),
         ("pool.forward", "batched_lora_delta"),
         ("nf4_linear", "nf4_linear"),
+        ("fisher_accumulate", "fisher_accumulate"),
     ):
         with monkeypatch.context() as patch:
-            moved = getattr(growth.reference, name)
-            patch.setattr(growth.reference, name, lambda *a, f=moved: 1.001 * f(*a))
+            moved = getattr(growth_ops.reference, name)
+            patch.setattr(growth_ops.reference, name, lambda *a, f=moved: 1.001 * f(*a))
             with pytest.raises(AssertionError, match=f"{op}, .*wrong, so not timed"):
-                growth.OPS[op].build(point).verify()
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            growth.reference, "batched_adapt",
-            lambda x, grad, *rest: real(1.001 * x, grad, *rest),
-        )  # fmt: skip
-        with pytest.raises(AssertionError, match=r"pool\.adapt, .*wrong, so not timed"):
-            growth.OPS["pool.adapt"].build(point).verify()
+                growth_ops.OPS[op].build(point).verify()
+    for op in ("lora.adapt", "pool.adapt"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                growth_ops.reference, "batched_adapt",
+                lambda x, grad, *rest: real(1.001 * x, grad, *rest),
+            )  # fmt: skip
+            with pytest.raises(AssertionError, match=f"{op}, .*wrong, so not timed"):
+                growth_ops.OPS[op].build(point).verify()
 
 
 def test_what_fails_otherwise_is_a_row_and_the_rest_goes_on(
