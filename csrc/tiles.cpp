@@ -76,12 +76,55 @@ void no_terms(const Shape &shape, const Tile &tile, int64_t column, int64_t n, B
   if (!shape.accumulate) expand_terms(shape, tile, nullptr, 0, nullptr, 0, 0, column, n, b);
 }
 
+namespace {
+
+constexpr int64_t kRowsToShare = 8;        // from here rows pay for what is done for all of them
+constexpr int64_t kInnerBytes = 16 << 10;  // of `down`: half of an L1, the rest is for rows
+
+// Asks for memory that is needed soon, a part at a time: all at once would wait for itself.
+class Ahead {
+ public:
+  Ahead(const char *from, int64_t bytes) : next_(from), end_(from + bytes) {}
+  // Of what is left, one of so many parts.
+  void fetch(int64_t parts) {
+    const char *to = next_ + (end_ - next_) / parts;
+    for (; next_ < to; next_ += kLine) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *next_, *end_;
+};
+
+// shrink_terms of one adapter for many rows: by ranks whose `down` stays in the L1 while the rows
+// pass, which meanwhile ask for the adapter's `up`.
+void shrink_rows(const Shape &shape, const Tile &tile, const Term &term, const float *const *x,
+                 float *h, Buffers &b) {
+  int64_t step = std::max<int64_t>(kInnerBytes / term.down_stride / 3 * 3, 3);
+  int64_t left = (term.rank + step - 1) / step * ((tile.m + 1) / 2);
+  Ahead up(term.up, term.rank * term.up_stride);
+  for (int64_t from = 0; from < term.rank; from += step) {
+    for (int64_t i = 0; i < tile.m; i += 2) {
+      Tile two{tile.rows + i, std::min<int64_t>(2, tile.m - i),
+               tile.weights ? tile.weights + i : nullptr};
+      shrink_terms(shape, two, x + i, &term, 1, from, std::min(from + step, term.rank),
+                   h + i * term.rank, term.rank, b);
+      up.fetch(left--);
+    }
+  }
+}
+
+}  // namespace
+
 void run_tile(const Shape &shape, const Tile &tile, const Term *terms, int64_t count,
               const float *const *x, int64_t column, int64_t n, Buffers &b) {
   int64_t rank = total_rank(terms, count);
   if (rank == 0) return no_terms(shape, tile, column, n, b);
   float *h = b.h.get(tile.m * rank);
-  shrink_terms(shape, tile, x, terms, count, 0, rank, h, rank, b);
+  if (count == 1 && tile.m >= kRowsToShare)
+    shrink_rows(shape, tile, *terms, x, h, b);
+  else
+    shrink_terms(shape, tile, x, terms, count, 0, rank, h, rank, b);
   expand_terms(shape, tile, terms, count, h, rank, 0, column, n, b);
 }
 

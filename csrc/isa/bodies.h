@@ -84,8 +84,11 @@ void shrink(int64_t m, const float *const *x, int64_t r, const void *const *rows
     }
     return;
   }
+  // By threes, and the last two or four by twos: one alone loads more than it multiplies.
+  int64_t threes = r % 3 == 1 ? r - 4 : r;
   for (; i + 2 <= m; i += 2) {
-    int64_t j = dot_tiles<T, 2, 3, 2>(x + i, 0, r, a, k, h + i * ldh, ldh);
+    int64_t j = dot_tiles<T, 2, 3, 2>(x + i, 0, threes, a, k, h + i * ldh, ldh);
+    j = dot_tiles<T, 2, 2, 2>(x + i, j, r, a, k, h + i * ldh, ldh);
     dot_tiles<T, 2, 1, 2>(x + i, j, r, a, k, h + i * ldh, ldh);
   }
   for (; i < m; ++i) {
