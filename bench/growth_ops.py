@@ -50,8 +50,10 @@ class _One:
         def normal(*shape: int) -> Any:
             return rng.standard_normal(shape, dtype=np.float32)
 
-        self.A, self.B = normal(rank, hidden) * np.float32(0.01), normal(hidden, rank)
-        self.x, self.grad, self.y = normal(n, hidden), normal(n, hidden), normal(n, hidden)
+        self.A = normal(rank, hidden) * np.float32(0.01)
+        self.B = normal(hidden, rank) * np.float32(0.02)
+        self.x, self.y = normal(n, hidden), normal(n, hidden)
+        self.grad = normal(n, hidden) * np.float32(0.01)
         config = le.MicroLoRAConfig(
             hidden, hidden, rank=rank, alpha=SCALING * rank, target_modules=(MODULE,)
         )
@@ -165,7 +167,8 @@ class _Batch:
         self.hidden, self.pool = hidden, le.AdapterPool(hidden, hidden)
         slots = [self.pool.add(a, b, SCALING) for a, b in zip(A, B, strict=True)]
         self.ids = np.array([slots[i % len(slots)] for i in range(n)], np.int32)
-        self.x, self.grad, self.y = normal(n, hidden), normal(n, hidden), normal(n, hidden)
+        self.x, self.y = normal(n, hidden), normal(n, hidden)
+        self.grad = normal(n, hidden) * np.float32(0.01)
         self.weights = dict(zip(slots, zip(A, B, strict=True), strict=True))
 
     def adapters(self, sign: Callable[[Any], Any]) -> dict[int, reference.Adapter]:

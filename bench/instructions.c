@@ -129,6 +129,9 @@ static le_status forward_micro(void) {
 static le_status forward_wide(void) {
   return le_pool_forward(d.wide, &d.x, &d.ids, NULL, 0, 0, &d.y);
 }
+static le_status forward_rows(void) { /* all of one adapter */
+  return le_pool_forward_slot(d.wide, 0, &d.x, 0, 0, &d.y);
+}
 static le_status adapt_micro(void) { return adapt(d.micro, NULL); }
 static le_status adapt_wide(void) { return adapt(d.wide, NULL); }
 static le_status adapt_factor(void) { return adapt(d.micro, d.factor); }
@@ -173,6 +176,7 @@ static const struct {
     {"pool_forward_slot, r=2, 1 row", forward_slot},
     {"pool_forward, r=2, 16 rows", forward_micro},
     {"pool_forward, r=16, 16 rows", forward_wide},
+    {"pool_forward_slot, r=16, 16 rows", forward_rows},
     {"pool_adapt, r=2, 16 rows", adapt_micro},
     {"pool_adapt, r=16, 16 rows", adapt_wide},
     {"pool_adapt with ewc factor, r=2, 16 rows", adapt_factor},

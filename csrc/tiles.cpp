@@ -10,6 +10,37 @@ const void **row_pointers(const char *first, int64_t stride, int64_t count, cons
   return to;
 }
 
+constexpr int64_t kRowsToShare = 8;         // from here rows pay for what is done for all of them
+constexpr int64_t kInnerBytes = 20 << 10;   // of `down`: it leaves room in the L1 for two rows of x
+constexpr int64_t kAheadBytes = 256 << 10;  // of `up`: half of an L2
+
+// Asks for rows of memory that are needed soon, a part at a time: all at once would wait for
+// itself.
+class Ahead {
+ public:
+  Ahead(const char *rows, int64_t stride, int64_t count, int64_t bytes)
+      : rows_(rows), stride_(stride), bytes_(bytes) {
+    left_ = std::min(count * bytes, kAheadBytes) / kLine;
+  }
+  // The next of so many parts, that many being left with this one.
+  void fetch(int64_t parts) {
+    int64_t lines = left_ / parts;
+    left_ -= lines;
+    for (; lines > 0; --lines) {
+      __builtin_prefetch(rows_ + row_ + column_, 0, 2);
+      column_ += kLine;
+      if (column_ < bytes_) continue;
+      column_ = 0;
+      row_ += stride_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *rows_;
+  int64_t stride_, bytes_, left_, row_ = 0, column_ = 0;
+};
+
 }  // namespace
 
 Buffers &buffers() {
@@ -78,38 +109,22 @@ void no_terms(const Shape &shape, const Tile &tile, int64_t column, int64_t n, B
 
 namespace {
 
-constexpr int64_t kRowsToShare = 8;        // from here rows pay for what is done for all of them
-constexpr int64_t kInnerBytes = 16 << 10;  // of `down`: half of an L1, the rest is for rows
-
-// Asks for memory that is needed soon, a part at a time: all at once would wait for itself.
-class Ahead {
- public:
-  Ahead(const char *from, int64_t bytes) : next_(from), end_(from + bytes) {}
-  // Of what is left, one of so many parts.
-  void fetch(int64_t parts) {
-    const char *to = next_ + (end_ - next_) / parts;
-    for (; next_ < to; next_ += kLine) __builtin_prefetch(next_, 0, 2);
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  const char *next_, *end_;
-};
-
 // shrink_terms of one adapter for many rows: by ranks whose `down` stays in the L1 while the rows
-// pass, which meanwhile ask for the adapter's `up`.
+// pass, which meanwhile ask for columns [0, n) of its `up`.
 void shrink_rows(const Shape &shape, const Tile &tile, const Term &term, const float *const *x,
-                 float *h, Buffers &b) {
-  int64_t step = std::max<int64_t>(kInnerBytes / term.down_stride / 3 * 3, 3);
-  int64_t left = (term.rank + step - 1) / step * ((tile.m + 1) / 2);
-  Ahead up(term.up, term.rank * term.up_stride);
-  for (int64_t from = 0; from < term.rank; from += step) {
+                 int64_t n, float *h, Buffers &b) {
+  int64_t size = dtype_size(shape.dtype);
+  int64_t step = kInnerBytes / std::max<int64_t>(shape.in() * size, 1) / 3 * 3;
+  if (step == 0) step = term.rank;
+  int64_t passes = std::max<int64_t>((term.rank + step - 2) / step, 1) * ((tile.m + 1) / 2);
+  Ahead up(term.up, term.up_stride, term.rank, n * size);
+  for (int64_t from = 0, to; from < term.rank; from = to) {
+    to = from + step + 1 < term.rank ? from + step : term.rank;  // the last is not left alone
     for (int64_t i = 0; i < tile.m; i += 2) {
       Tile two{tile.rows + i, std::min<int64_t>(2, tile.m - i),
                tile.weights ? tile.weights + i : nullptr};
-      shrink_terms(shape, two, x + i, &term, 1, from, std::min(from + step, term.rank),
-                   h + i * term.rank, term.rank, b);
-      up.fetch(left--);
+      shrink_terms(shape, two, x + i, &term, 1, from, to, h + i * term.rank, term.rank, b);
+      up.fetch(passes--);
     }
   }
 }
@@ -122,7 +137,7 @@ void run_tile(const Shape &shape, const Tile &tile, const Term *terms, int64_t c
   if (rank == 0) return no_terms(shape, tile, column, n, b);
   float *h = b.h.get(tile.m * rank);
   if (count == 1 && tile.m >= kRowsToShare)
-    shrink_rows(shape, tile, *terms, x, h, b);
+    shrink_rows(shape, tile, *terms, x, n, h, b);
   else
     shrink_terms(shape, tile, x, terms, count, 0, rank, h, rank, b);
   expand_terms(shape, tile, terms, count, h, rank, 0, column, n, b);

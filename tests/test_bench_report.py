@@ -368,6 +368,13 @@ def test_a_wrong_output_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(growth_ops.reference, name, lambda *a, f=moved: 1.001 * f(*a))
             with pytest.raises(AssertionError, match=f"{op}, .*wrong, so not timed"):
                 growth_ops.OPS[op].build(point).verify()
+    with monkeypatch.context() as patch:
+        fisher = growth_ops.reference.lora_fisher
+        patch.setattr(
+            growth_ops.reference, "lora_fisher", lambda x, *rest: fisher(1.001 * x, *rest)
+        )
+        with pytest.raises(AssertionError, match=r"lora_fisher, .*wrong, so not timed"):
+            growth_ops.OPS["lora_fisher"].build(point).verify()
     for op in ("lora.adapt", "pool.adapt"):
         with monkeypatch.context() as patch:
             patch.setattr(

@@ -87,6 +87,35 @@ def test_row_does_not_depend_on_its_batch(rank, threads):
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("rank", [1, 2, 4, 16])
+@pytest.mark.parametrize("n", [8, 17])
+def test_many_rows_of_unusual_strides(n, rank, order):
+    """A without columns, A and B of one row or column again and again, backwards, and B a part of a
+    wider array, for rows enough to share the weights."""
+    rng = np.random.default_rng(rank)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype("f4")
+
+    def check(x, A, B):
+        y = np.full((len(x), len(B)), np.nan, np.float32)
+        le.lora_delta(x, A, B, 1.5, out=y)
+        want = reference.lora_delta(x, A, B, 1.5)
+        assert delta_error(y, want, magnitude(x, A, B, 1.5)) <= TOLERANCE["float32"]
+
+    B = np.array(normal(33, rank), order=order)
+    none = le.lora_delta(np.zeros((n, 0), "f4"), np.zeros((rank, 0), "f4"), B, 1.5)
+    assert none.shape == (n, 33)
+    assert not none.any()
+    x, A = normal(n, 1000), normal(rank, 1000)
+    check(x, np.broadcast_to(A[:1], A.shape), B)
+    check(x, A[::-1], B[::-1, ::-1])
+    check(x, A, np.broadcast_to(B[:, :1], B.shape))
+    wide = np.array(normal(99, rank), order=order)
+    check(x, A, wide[33:66])
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
 def test_large_single_row_is_the_same_on_two_threads(order, threads):
     """Large enough for one row's inside to be dealt out to threads."""
     rng = np.random.default_rng(3)

@@ -126,7 +126,8 @@ def _waiting(m: Module, served: Served) -> tuple[list[Fast], list[Array]]:
                 log.warning("background: %d samples are left out: their sums are Inf", one.pending)
                 m.sums.begin(one.slot)
                 one.pending, one.quality = 0, 0.0
-                one.inputs = np.zeros_like(one.inputs)
+                if m.mean_inputs:
+                    one.inputs.fill(0.0)
     return _waiting(m, served)
 
 
@@ -141,7 +142,8 @@ def _joined(m: Module, older: Fast, newer: Fast) -> Fast:
     m.sums.begin(made.slot)
     for rows in m.sums:
         np.add(rows[older.slot], rows[newer.slot], out=rows[made.slot])
-    made.inputs = older.inputs + newer.inputs
+    if m.mean_inputs:
+        np.add(older.inputs, newer.inputs, out=made.inputs)
     made.quality = older.quality + newer.quality
     made.pending = older.pending + newer.pending
     return made

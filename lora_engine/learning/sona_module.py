@@ -98,6 +98,7 @@ class Module:
         )
         self.mean_inputs = config.consolidation == "ensemble"
         self._no_inputs = np.zeros(self.in_features, np.float32)  # one for all that need none
+        self._no_inputs.flags.writeable = False
         self.lock = threading.Lock()
         rng = np.random.default_rng([micro.seed, *name.encode()])
         bound = 1.0 / math.sqrt(self.in_features)
