@@ -29,7 +29,7 @@ struct OpCounters {
   uint32_t until = 0;
   uint64_t state = 1;
 
-  // 0 to 30 more, LE_TIMED_EVERY - 1 on average: a fixed step would time one call of a pattern.
+  // 0 to 126 more, LE_TIMED_EVERY - 1 on average: a fixed step would time one call of a pattern.
   void draw() {
     state = state * 6364136223846793005u + 1442695040888963407u;
     until = static_cast<uint32_t>(state >> 33) % (2 * LE_TIMED_EVERY - 1);

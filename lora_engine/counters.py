@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from lora_engine import _C
 
-TIMED_EVERY = 16  # LE_TIMED_EVERY
+TIMED_EVERY = 64  # LE_TIMED_EVERY
 
 
 class OpCounters(NamedTuple):

@@ -71,11 +71,11 @@ def test_rows_that_were_not_finite_are_skipped_updates(pool: le.AdapterPool) -> 
     assert _rise(before, counters()) == (0, 1, 1)  # a row of no adapter is none
 
 
-def test_one_call_in_sixteen_of_a_thread_is_timed(pool: le.AdapterPool) -> None:
+def test_one_call_in_timed_every_of_a_thread_is_timed(pool: le.AdapterPool) -> None:
     before = counters()
 
     def serve() -> None:
-        for _ in range(1600):
+        for _ in range(100 * TIMED_EVERY):
             pool.forward(X, IDS)
 
     threads = [threading.Thread(target=serve) for _ in range(3)]
@@ -84,7 +84,7 @@ def test_one_call_in_sixteen_of_a_thread_is_timed(pool: le.AdapterPool) -> None:
     for thread in threads:
         thread.join()
     after = counters()  # of threads that have ended, too
-    assert after.forward.calls - before.forward.calls == 3 * 1600
+    assert after.forward.calls - before.forward.calls == 300 * TIMED_EVERY
     assert 240 < after.forward.timed - before.forward.timed < 360
     assert sum(after.forward.buckets) == after.forward.timed
     assert after.forward.seconds > before.forward.seconds
@@ -92,10 +92,10 @@ def test_one_call_in_sixteen_of_a_thread_is_timed(pool: le.AdapterPool) -> None:
 
 def test_calls_that_alternate_are_timed_alike(pool: le.AdapterPool) -> None:
     """A long one in every two: about half of the timed ones are long."""
-    long = np.ones((4096, N), np.float32)
-    ids = np.zeros(4096, np.int32)
+    long = np.ones((1024, N), np.float32)
+    ids = np.zeros(1024, np.int32)
     before = counters().forward
-    for _ in range(800):
+    for _ in range(50 * TIMED_EVERY):
         pool.forward(X, IDS)
         pool.forward(long, ids)
     after = counters().forward

@@ -161,9 +161,9 @@ LE_API int32_t le_limit_threads(int32_t num_threads);
  * share one pass over an adapter's weights (0: 16). No result depends on either. */
 LE_API le_status le_set_tuning(le_context *ctx, int64_t bytes_per_thread, int64_t tile_rows);
 
-/* What the engine did. Counting costs about 1 % of the shortest call; a build with
+/* What the engine did. Counting costs under 1 % of the shortest call; a build with
  * -DLORA_ENGINE_COUNTERS=OFF does without, and then tells zeros. */
-#define LE_TIMED_EVERY 16      /* calls: one of them is timed, drawn at random */
+#define LE_TIMED_EVERY 64      /* calls: one of them is timed, drawn at random */
 #define LE_DURATION_BUCKETS 20 /* up to 1, 2, 4 ... 2^19 us; one more holds what took longer */
 
 typedef struct le_op_counters {

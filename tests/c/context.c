@@ -162,7 +162,9 @@ static void counted(void) {
   CHECK(le_get_counters(ctx, &after) == LE_OK);
   if (after.forward.calls != 0) { /* or a build without */
     CHECK(after.forward.calls == before.forward.calls + 3 * LE_TIMED_EVERY);
-    CHECK(after.forward.timed == before.forward.timed + 3);
+    timed = after.forward.timed - before.forward.timed; /* by 1 to 127 calls from each other */
+    CHECK(timed >= 1 && timed < 3 * LE_TIMED_EVERY);
+    timed = 0;
     for (int b = 0; b <= LE_DURATION_BUCKETS; ++b) timed += after.forward.buckets[b];
     CHECK(timed == after.forward.timed && after.forward.seconds > 0);
   }
