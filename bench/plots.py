@@ -54,7 +54,7 @@ def roofline(report: dict[str, Any]) -> str:
         low, high = min(intensity) / 2, max(*intensity, peak / 10) * 2
         most = max(b["threads"] for b in report["bandwidth"])
         shown = [b for b in report["bandwidth"] if b["threads"] == most and "at" not in b["level"]]
-        for b, dash in zip(shown, ("-", "--", ":"), strict=False):
+        for b, dash in zip(shown, ("-.", "-", "--", ":"), strict=False):
             start, knee = b["read_gb_s"] * low, peak / b["read_gb_s"]
             axes.plot([low, knee, high], [start, peak, peak], dash, color=GREY, lw=1.2)
             axes.annotate(
