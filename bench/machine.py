@@ -18,12 +18,13 @@ import numpy as np
 from bench.case import Contender, Traffic, absent
 from bench.paired import Times, calls_in, timed
 
-L2, L3, MEMORY = "L2", "L3", "memory"
+L1, L2, L3, MEMORY = "L1", "L2", "L3", "memory"
 READ, UPDATE = "read", "update"
 SAMPLE_SECONDS = 0.001
 PROBE_SECONDS = 0.12  # for each kernel
 PROBES = 2  # kernels of a kind that take part in a case's rounds
-REPEATS = 64  # times a small array is read in one call, to hide the call
+REPEATED = 16 << 20  # bytes that are read in one call from a small array, to hide the call
+REPEATED_SUMS = "torch repeated sums"
 _CACHES = "/sys/devices/system/cpu/cpu0/cache"
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -55,8 +56,10 @@ class Place(NamedTuple):
 def canonical(level: str, threads: int) -> Place:
     """The working set that stands for a level."""
     caches = cache_bytes()
-    l2, l3 = caches["L2"], caches.get("L3", caches["L2"])
-    return Place(level, {L2: l2 // 2 * threads, L3: l3 // 4, MEMORY: 4 * l3}[level], threads)
+    l1, l2 = caches.get("L1", 32 << 10), caches["L2"]
+    l3 = caches.get("L3", l2)
+    sizes = {L1: l1 // 2 * threads, L2: l2 // 2 * threads, L3: l3 // 4, MEMORY: 4 * l3}
+    return Place(level, sizes[level], threads)
 
 
 def place_of(footprint: int, threads: int) -> Place:
@@ -131,16 +134,21 @@ def _torch_kernels(array: Any, threads: int) -> Iterator[Kernel]:
     yield Kernel(READ, "torch mv", size, lambda: torch.mv(rows, ones, out=sums))
     if size <= 1 << 20:
         part = t[: t.numel() // threads]  # each core reads it from its own cache
-        many, repeated = part.expand(REPEATS, len(part)), torch.empty(REPEATS)
-        moved = REPEATS * part.nbytes
-        yield Kernel(READ, "torch repeated sums", moved, lambda: torch.sum(many, 1, out=repeated))
+        times = REPEATED // part.nbytes
+        many, repeated = part.expand(times, len(part)), torch.empty(times)
+        moved = times * part.nbytes
+        yield Kernel(READ, REPEATED_SUMS, moved, lambda: torch.sum(many, 1, out=repeated))
     yield Kernel(UPDATE, "torch mul_", 2 * size, lambda: t.mul_(1.0))
     yield Kernel(UPDATE, "torch neg_", 2 * size, lambda: t.neg_())
 
 
 def kernels(place: Place) -> list[Kernel]:
     """All that move bytes at a place: on its threads, and on one, lest a busy core make
-    two threads that wait for each other look like a slow memory."""
+    two threads that wait for each other look like a slow memory. Of the L1 only those that read it
+    many times in a call, as a call takes longer than to read it once."""
+    if place.level == L1:
+        every = kernels(place._replace(level=L2))
+        return [k for k in every if k.name == REPEATED_SUMS and k.threads == place.threads]
     array = np.ones(place.size // 4, np.float32)
     found = list(_numpy_kernels(array))
     if absent("torch"):
@@ -203,11 +211,11 @@ class Machine:
     def levels(self, threads: int) -> None:
         """Probes every level, with one thread and with all."""
         for count in sorted({1, threads}):
-            for level in (L2, L3, MEMORY):
+            for level in (L1, L2, L3, MEMORY):
                 self.observe(canonical(level, count))
 
     def report(self) -> list[dict[str, Any]]:
-        """The rates in GB/s, for the JSON and the table's head."""
+        """The rates in GB/s, for the JSON and the table's head; None: not measured."""
         return [
             {
                 "level": place.level,
@@ -215,7 +223,7 @@ class Machine:
                 "probe_bytes": place.size,
                 "read_gb_s": round(found.read.bytes_per_s / 1e9, 1),
                 "read_kernel": found.read.kernel,
-                "update_gb_s": round(found.update.bytes_per_s / 1e9, 1),
+                "update_gb_s": round(found.update.bytes_per_s / 1e9, 1) or None,
                 "update_kernel": found.update.kernel,
             }
             for place, found in self.seen.items()

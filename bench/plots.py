@@ -54,12 +54,12 @@ def roofline(report: dict[str, Any]) -> str:
         low, high = min(intensity) / 2, max(*intensity, peak / 10) * 2
         most = max(b["threads"] for b in report["bandwidth"])
         shown = [b for b in report["bandwidth"] if b["threads"] == most and "at" not in b["level"]]
-        for b, dash in zip(shown, ("-", "--", ":"), strict=False):
+        for i, (b, dash) in enumerate(zip(shown, ("-.", "-", "--", ":"), strict=False)):
             start, knee = b["read_gb_s"] * low, peak / b["read_gb_s"]
             axes.plot([low, knee, high], [start, peak, peak], dash, color=GREY, lw=1.2)
             axes.annotate(
                 f"{b['level']}, {b['read_gb_s']:g} GB/s", (low, start), color=GREY, fontsize=9,
-                xytext=(4, 4), textcoords="offset points",
+                xytext=(4, 4 - 11 * (i % 2)), textcoords="offset points",
             )  # fmt: skip
         axes.annotate(f"float32 matmul, {peak:g} GFLOP/s", (high, peak), ha="right", va="bottom",
                       color=GREY, fontsize=9)  # fmt: skip
@@ -144,10 +144,12 @@ def growth(rows: Sequence[dict[str, Any]], axis: str) -> str:
     curves = {op: curve for op, curve in curves.items() if len(curve) > 1}
     if not curves:
         return ""
+    ops = list(dict.fromkeys(r["op"] for r in rows))  # an op looks the same over every size
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for i, (op, curve) in enumerate(curves.items()):
+        for op, curve in curves.items():
+            i = ops.index(op)
             color, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             x = [p["value"] for p in curve]
             low, high = [p["p10_us"] for p in curve], [p["p90_us"] for p in curve]
@@ -158,10 +160,10 @@ def growth(rows: Sequence[dict[str, Any]], axis: str) -> str:
         _size_axis(axes, sorted({p["value"] for p in points}), axis)
         axes.set(yscale="log", ylabel="us a call")
         _log(axes.yaxis)
-        axes.legend(fontsize=8)
         axes.grid(True, which="major", alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 
-    return _svg(draw, 5.2, 3.4)
+    return _svg(draw, 5.2, 4.6)
 
 
 def _size_axis(axes: Axes, values: list[int], name: str) -> None:

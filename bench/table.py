@@ -202,10 +202,10 @@ def main() -> int:
         if note := row.get("floor", {}).get("note"):
             print(f"\\* {row['op']}, {row['shape']}: {note}.")
     for b in machine.report():
-        print(
-            f"{b['level']}, {b['threads']} thr: read {b['read_gb_s']} GB/s ({b['read_kernel']}),"
-            f" update {b['update_gb_s']} GB/s ({b['update_kernel']})"
-        )
+        line = f"{b['level']}, {b['threads']} thr: read {b['read_gb_s']} GB/s ({b['read_kernel']})"
+        if b["update_gb_s"]:
+            line += f", update {b['update_gb_s']} GB/s ({b['update_kernel']})"
+        print(line)
     result |= {"bandwidth": machine.report(), "rows": rows}
     out = args.out or RESULTS / f"table-{result['isa']}-{result['date'][:10]}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,18 @@ import helpers_report
 import numpy as np
 import pytest
 
-from bench import command, compare, formats, growth, growth_ops, instructions, latency, page, suite
+from bench import (
+    command,
+    compare,
+    formats,
+    growth,
+    growth_ops,
+    instructions,
+    latency,
+    machine,
+    page,
+    suite,
+)
 from lora_engine.cli import main
 
 CHROMIUM = shutil.which("chromium")
@@ -440,3 +451,17 @@ def test_the_core_takes_no_more_instructions_than_were_kept() -> None:
         if run.returncode == 0 and why in run.stdout:
             pytest.skip(run.stdout.strip())
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+
+
+def test_the_l1_is_read_many_times_in_a_call() -> None:
+    """A call takes longer than to read it once; what changes it would only time the call."""
+    place = machine.canonical(machine.L1, 2)
+    assert place.size == machine.cache_bytes().get("L1", 32 << 10)
+    (kernel,) = machine.kernels(place)
+    assert (kernel.kind, kernel.threads) == (machine.READ, 2)
+    assert kernel.moved == machine.REPEATED
+    assert kernel.call().tolist() == [place.size / 2 / 4] * (2 * machine.REPEATED // place.size)
+    seen = machine.Machine()
+    seen.record(place, machine.READ, machine.Rate(2e9, kernel.name))
+    (row,) = seen.report()
+    assert (row["level"], row["read_gb_s"], row["update_gb_s"]) == ("L1", 2.0, None)
