@@ -34,9 +34,11 @@ def plain() -> list[Contender]:
     return [steps.contender(OURS, {"pool.adapt": make}, expected)]
 
 
-def with_ewc(form: str) -> list[Contender]:
+def with_ewc(
+    form: str, users: int = USERS, rank: int = RANK, features: int = inputs.FEATURES
+) -> list[Contender]:
     """The records' anchors are other weights than those at the step."""
-    data = inputs.make(USERS, RANK)
+    data = inputs.make(users, rank, features=features)
     rng = np.random.default_rng(1)
     like = (data.A, data.B) if form == "factor" else (data.grad, data.x)
     first, second = (rng.random(w.shape, dtype=np.float32) for w in like)
@@ -44,7 +46,7 @@ def with_ewc(form: str) -> list[Contender]:
     def anchored() -> tuple[le.AdapterPool, le.EWC]:
         pool = inputs.make_pool(data)
         ewc = le.EWC(pool, LAMBDA, form=form)
-        for slot in range(USERS):
+        for slot in range(users):
             ewc.set(slot, first[slot], second[slot])
         pool.adapt(data.x, data.grad, data.ids, lr=steps.CHECKED_LR)
         return pool, ewc

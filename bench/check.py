@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.inputs import FEATURES, Inputs
+from bench.inputs import Inputs
 from lora_engine import reference
 from lora_engine.reference import Adapter
 from lora_engine.reference_ewc import delta_step
@@ -43,7 +43,7 @@ def delta(data: Inputs, accumulate: bool) -> Expected:
 
     def forward(x: Any, A: Any, B: Any, y: Any) -> F64:
         adapters = {i: Adapter([A[i]], [B[i]], data.scaling) for i in range(len(A))}
-        total = reference.batched_lora_delta(x, adapters, [FEATURES], data.ids)
+        total = reference.batched_lora_delta(x, adapters, [data.features], data.ids)
         return total + y if accumulate else total
 
     return Expected(
@@ -75,7 +75,7 @@ def _step(data: Inputs, row: int, sign: float, lr: float, penalty: Penalty | Non
     slot = int(data.ids[row])
     adapter = Adapter([use(data.A[slot])], [use(data.B[slot])], data.scaling)
     x, grad = use(data.x[row : row + 1]), use(data.grad[row : row + 1])
-    gA, gB = reference.slot_gradients(x, grad, adapter, [FEATURES], slot, [slot])
+    gA, gB = reference.slot_gradients(x, grad, adapter, [data.features], slot, [slot])
     fisher = anchor = None
     step = reference.Step(lr=lr, ewc_lambda=penalty.ewc_lambda if penalty else 0.0)
     if penalty and (penalty.form == "factor" or sign > 0):

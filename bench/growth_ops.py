@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import lora_engine as le
-from bench import check
+from bench import cases_pool_adapt, check
 from bench.case import OURS, Contender, Traffic
 from bench.steps import CHECKED_LR, TIMED_LR
 from lora_engine import reference
@@ -220,6 +221,12 @@ def _adapt(point: Point) -> Contender:
     return Contender(OURS, lambda: step(TIMED_LR), verify)
 
 
+def _adapt_with_ewc(form: str, point: Point) -> Contender:
+    """Each row has an adapter of its own."""
+    (ours,) = cases_pool_adapt.with_ewc(form, point.rows, point.rank, point.hidden)
+    return ours
+
+
 def _nf4_linear(point: Point) -> Contender:
     rng = np.random.default_rng(0)
     w = le.nf4_quantize(rng.standard_normal((point.hidden, point.hidden), dtype=np.float32))
@@ -255,6 +262,14 @@ def _adapt_traffic(point: Point, used: int = 1) -> Traffic:
     return Traffic(2 * row, 2 * weights, weights + 2 * row, point.threads)
 
 
+def _ewc_traffic(form: str, point: Point) -> Traffic:
+    """In form factor Fisher and anchors are as large as the weights; in form delta the anchors
+    are, u and v as x and grad."""
+    weights, row = _sizes(point, point.rows)
+    held = 2 * weights if form == "factor" else weights + 2 * row
+    return Traffic(2 * row + held, 2 * weights, weights + 2 * row + held, point.threads)
+
+
 def _of_pool(traffic: Callable[[Point, int], Traffic]) -> Callable[[Point], Traffic]:
     return lambda point: traffic(point, min(point.adapters, point.rows))
 
@@ -282,6 +297,12 @@ OPS: dict[str, Op] = {
     "lora.adapt": Op(_lora_adapt, _adapt_traffic, _ONE),
     "pool.forward": Op(_forward, _of_pool(_forward_traffic), _POOL),
     "pool.adapt": Op(_adapt, _of_pool(_adapt_traffic), _POOL),
+    "pool.adapt, ewc factor": Op(
+        partial(_adapt_with_ewc, "factor"), partial(_ewc_traffic, "factor"), _ONE
+    ),
+    "pool.adapt, ewc delta": Op(
+        partial(_adapt_with_ewc, "delta"), partial(_ewc_traffic, "delta"), _ONE
+    ),
     "nf4_linear": Op(_nf4_linear, _nf4_traffic, _ROWS),
     "lora_fisher": Op(_lora_fisher, _fisher_traffic, _ONE),
     "fisher_accumulate": Op(_fisher_accumulate, _accumulate_traffic, ("hidden", "threads")),

@@ -25,6 +25,10 @@ class Inputs(NamedTuple):
     scaling: float
     ids: NDArray[np.int32]
 
+    @property
+    def features(self) -> int:
+        return int(self.x.shape[1])
+
 
 def weight_bytes(rows: int, rank: int) -> int:
     """Bytes of the weights of ``make(rows, rank)``."""
@@ -36,19 +40,19 @@ def row_bytes(rows: int) -> int:
     return rows * FEATURES * ITEM
 
 
-def make(rows: int, rank: int, seed: int = 0) -> Inputs:
-    """Random inputs of 4096 features, float32."""
+def make(rows: int, rank: int, seed: int = 0, features: int = FEATURES) -> Inputs:
+    """Random inputs, float32."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> F32:
         return rng.standard_normal(shape, dtype=np.float32)
 
     return Inputs(
-        x=normal(rows, FEATURES),
-        grad=normal(rows, FEATURES) * np.float32(0.01),
-        y=normal(rows, FEATURES),
-        A=normal(rows, rank, FEATURES) * np.float32(0.01),
-        B=normal(rows, FEATURES, rank) * np.float32(0.02),
+        x=normal(rows, features),
+        grad=normal(rows, features) * np.float32(0.01),
+        y=normal(rows, features),
+        A=normal(rows, rank, features) * np.float32(0.01),
+        B=normal(rows, features, rank) * np.float32(0.02),
         scaling=2.0,
         ids=rng.permutation(rows).astype(np.int32),
     )
@@ -56,7 +60,7 @@ def make(rows: int, rank: int, seed: int = 0) -> Inputs:
 
 def make_pool(data: Inputs) -> le.AdapterPool:
     """A pool that holds adapter i in slot i."""
-    pool = le.AdapterPool(FEATURES, FEATURES)
+    pool = le.AdapterPool(data.features, data.features)
     for slot, (A, B) in enumerate(zip(data.A, data.B, strict=True)):
         assert pool.add(A, B, data.scaling) == slot
     return pool
