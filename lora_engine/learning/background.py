@@ -56,7 +56,7 @@ def consolidate(m: Module, config: SonaConfig) -> BackgroundResult:
         if np.isnan(gain):
             note = "rejected: the loss on held-out samples is not a number"
         return BackgroundResult(False, note, samples, len(merged), gain)
-    _serve(m, after, merged, sums)
+    _serve(m, after, samples, sums)
     return BackgroundResult(True, "", samples, len(merged), float("nan") if gain is None else gain)
 
 
@@ -216,20 +216,25 @@ def _gain(m: Module, before: Served, after: Served) -> float | None:
     return losses[0] - losses[1]
 
 
-def _serve(m: Module, after: Served, fast: list[Fast], sums: list[Array]) -> None:
-    """Swaps the result in; what was served before stays for a rollback."""
-    n = sum(adapter.pending for adapter in fast)
+def _serve(m: Module, after: Served, n: int, sums: list[Array]) -> None:
+    """Swaps the result of n samples in; what was served before stays for a rollback.
+
+    In Python it is short: a request waits for the GIL as long.
+    """
     u, v = ((total / n).astype(np.float32) for total in sums)
-    forgotten = m.forgotten()
+    before, forgotten = m.previous, m.forgotten()  # whose adapters go when all else is done
     with m.lock:
         now = m.served
         unmerged = {s: adapter for s, adapter in now.frozen.items() if not adapter.pending}
-        merged = {s: adapter for s, adapter in now.frozen.items() if adapter.pending}
+        merged = now.frozen
+        if unmerged:
+            merged = {s: adapter for s, adapter in merged.items() if adapter.pending}
         m.previous = (now._replace(fast={}, frozen=merged), m.fisher, m.samples)
         m.served = after._replace(fast=now.fast, frozen=unmerged)
         m.take_fisher(u, v, n, after.consolidated)
         _fold(m)
     m.pool.remove_all(forgotten)
+    del before
 
 
 def _drop(m: Module, after: Served, before: Served) -> None:

@@ -252,9 +252,9 @@ class Module:
         """Slots that were kept for a rollback alone; whoever takes them removes them."""
         if self.previous is None:
             return []
-        slots = {*self.previous[0].slots()} - {*self.served.slots()}
-        self.previous = None
-        return sorted(slots)
+        before, self.previous = self.previous[0], None
+        shared = {*before.shared()} - {*self.served.shared()}
+        return [*shared, *[fast.slot for fast in before.frozen.values()]]  # which were merged
 
     def forget(self) -> None:
         """Frees what was kept for a rollback; the lock is held."""
