@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
 LARGEST = 1e30  # of a sample's sum of squares: float32 sums of very many of them are finite
-_ROWS = 64  # that are added up at a time: they stay in the cache
+_ROWS = 512  # that are added up at a time: a few long sums, between which others get the GIL
 
 
 def can_be_summed(rows: F32) -> NDArray[np.bool_]:
