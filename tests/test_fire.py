@@ -14,6 +14,7 @@ from lora_engine import _C
 C_TESTS = ROOT / "tests" / "c"
 LONG = os.environ.get("LORA_ENGINE_TEST_PROFILE") == "full"
 STRESS, FUZZ = ("60", "600") if LONG else ("3", "8")  # seconds
+FORKS = "200" if LONG else "40"
 FLAGS = {
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=all",
     "thread": "-fsanitize=thread",
@@ -67,7 +68,7 @@ def last_lines(*command: str | Path, **env: str) -> str:
 def test_address_and_undefined_behaviour(with_address):
     assert last_lines(with_address / "tests").endswith(" checks, 0 failed")
     assert last_lines(with_address / "stress", STRESS).endswith("\n0 torn")
-    # Forks are test_c.py's: a child of threads that allocate may wait for ever in this allocator.
+    assert last_lines(with_address / "forks", FORKS).endswith(" forks, 0 failed")
 
 
 @pytest.mark.parametrize("target", ["import", "nf4"])
