@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lora_engine as le
-from bench import cases_pool_adapt, check
+from bench import cases_pool_adapt, check, inputs
 from bench.case import OURS, Contender, Traffic
 from bench.steps import CHECKED_LR, TIMED_LR
 from lora_engine import reference
 
 MODULE = "q_proj"
 SCALING = 2.0
-ITEM = 4  # bytes of a float32
 
 
 class Point(NamedTuple):
@@ -45,21 +44,10 @@ class _One:
     """One adapter and the rows that it is given."""
 
     def __init__(self, point: Point) -> None:
-        rng = np.random.default_rng(0)
-        n, hidden, rank = point.rows, point.hidden, point.rank
-
-        def normal(*shape: int) -> Any:
-            return rng.standard_normal(shape, dtype=np.float32)
-
-        self.A = normal(rank, hidden) * np.float32(0.01)
-        self.B = normal(hidden, rank) * np.float32(0.02)
-        self.x, self.y = normal(n, hidden), normal(n, hidden)
-        self.grad = normal(n, hidden) * np.float32(0.01)
-        config = le.MicroLoRAConfig(
-            hidden, hidden, rank=rank, alpha=SCALING * rank, target_modules=(MODULE,)
-        )
-        self.lora = le.MicroLoRA(config)
-        self.lora.set_weights(MODULE, self.A, self.B)
+        data = inputs.make(point.rows, point.rank, features=point.hidden)
+        self.x, self.grad, self.y = data.x, data.grad, data.y
+        self.A, self.B = data.A[0], data.B[0]
+        self.lora = inputs.make_lora(data._replace(scaling=SCALING), MODULE)
 
 
 def _lora_forward(point: Point) -> Contender:
@@ -249,7 +237,10 @@ def _nf4_linear(point: Point) -> Contender:
 
 def _sizes(point: Point, used: int) -> tuple[int, int]:
     """Bytes of so many adapters' weights, and of x, of grad or of y."""
-    return used * 2 * point.rank * point.hidden * ITEM, point.rows * point.hidden * ITEM
+    return (
+        used * 2 * point.rank * point.hidden * inputs.ITEM,
+        point.rows * point.hidden * inputs.ITEM,
+    )
 
 
 def _forward_traffic(point: Point, used: int = 1) -> Traffic:
@@ -280,7 +271,7 @@ def _fisher_traffic(point: Point) -> Traffic:
 
 
 def _accumulate_traffic(point: Point) -> Traffic:
-    size = point.hidden**2 * ITEM
+    size = point.hidden**2 * inputs.ITEM
     return Traffic(size, 2 * size, 2 * size, point.threads)
 
 

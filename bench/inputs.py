@@ -70,7 +70,7 @@ def make_lora(data: Inputs, module: str) -> le.MicroLoRA:
     """A MicroLoRA whose module holds adapter 0."""
     rank = data.A.shape[1]
     config = le.MicroLoRAConfig(
-        FEATURES, FEATURES, rank=rank, alpha=data.scaling * rank, target_modules=(module,)
+        data.features, data.features, rank=rank, alpha=data.scaling * rank, target_modules=(module,)
     )
     lora = le.MicroLoRA(config)
     lora.set_weights(module, data.A[0], data.B[0])
